@@ -1,0 +1,191 @@
+"""Every setting of a run, as frozen dataclasses: the one place where a field, its type, its
+default and its reason are written. The config reference in the docs is generated from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+
+def option(default: Any, doc: str) -> Any:
+    """Returns a dataclass field with a default and the sentence that documents it."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def section(kind: type, doc: str) -> Any:
+    """Returns a dataclass field that holds another section with its own defaults."""
+    return dataclasses.field(default_factory=kind, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewConfig:
+    """The student's view of a picture; experts bring their own."""
+
+    fit: Literal["crop", "letterbox", "pad", "squash"] = option("crop", "How a picture is brought to a square.")
+    interpolation: Literal["bilinear", "bicubic"] = option("bicubic", "Resampling filter.")
+    mean: tuple[float, ...] = option((0.48145466, 0.4578275, 0.40821073), "Mean per channel; CLIP's.")
+    std: tuple[float, ...] = option((0.26862954, 0.26130258, 0.27577711), "Deviation per channel; CLIP's.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA experts in every MLP of the student (MoLE, MoVE-KD section 3)."""
+
+    kind: Literal["none", "mole"] = option("mole", "`none` leaves a plain CLIP tower.")
+    experts: int = option(3, "Number of LoRA experts E. [code]")
+    rank: int = option(32, "Rank of each expert. [code]")
+    alpha: float = option(1.0, "LoRA scale is alpha / rank. [code]")
+    dropout: float = option(0.05, "Dropout before A while training. [code]")
+    routing: Literal["top1", "dense"] = option("top1", "One expert a token, or all, weighted by the router. [code]")
+    site: Literal["linears", "ffn"] = option("linears", "Beside both linears of the MLP, or once beside the whole MLP.")
+    b_init: Literal["kaiming", "zeros"] = option("kaiming", "`zeros`: step 0 equals CLIP exactly. [code: kaiming]")
+    router_gradient: Literal["none", "straight_through"] = option(
+        "none", "`none`: only the balance loss trains the router, as released. [code]"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The CLIP vision tower that learns."""
+
+    initialize: str = option(
+        "", "CLIP folder or hub id to start from; empty: random. Its shape must match the fields below."
+    )
+    image_size: int = option(336, "Pixels; position embeddings are resized when the start has another size.")
+    patch_size: int = option(14, "Pixels a side of a patch.")
+    width: int = option(1024, "Token width.")
+    layers: int = option(24, "Transformer blocks.")
+    heads: int = option(16, "Attention heads.")
+    mlp_width: int = option(4096, "Hidden width of the MLP.")
+    activation: Literal["quick_gelu", "gelu"] = option("quick_gelu", "OpenAI's CLIP uses quick_gelu, OpenCLIP gelu.")
+    norm_epsilon: float = option(1e-5, "Layer norm epsilon.")
+    feature: str = option("layers/-2", "The intermediate whose patch tokens are distilled and used. [code]")
+    attention: Literal["auto", "xla", "cudnn"] = option("auto", "Attention implementation.")
+    remat: Literal["none", "dots", "full"] = option("none", "What the backward pass computes again, a block at a time.")
+    view: ViewConfig = section(ViewConfig, "How the student sees a picture.")
+    adapter: AdapterConfig = section(AdapterConfig, "LoRA experts in the MLPs.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoveKDConfig:
+    """MoVE-KD's objective: every choice of the paper and of the released code."""
+
+    name: Literal["move_kd"] = option("move_kd", "Selects this method.")
+    clip_expert: str = option("clip", "Name of the expert whose tokens need no encoder adapter. [code]")
+    token_weighting: bool = option(True, "Add the attention-weighted term. [code]")
+    token_weight_source: Literal["probs_softmax", "probs", "scores"] = option(
+        "probs_softmax", "Softmax over CLS attention probabilities (code), the probabilities, or softmax of the scores (paper)."
+    )
+    teacher_weighting: bool = option(True, "Weight teachers by their agreement with CLIP's CLS; else uniform. [code]")
+    teacher_score_scale: Literal["one", "inverse_sqrt_width"] = option("one", "Scale of that agreement. [code: one]")
+    saturation_rule: bool = option(True, "A second softmax when one teacher's mean weight exceeds the threshold. [code]")
+    saturation_threshold: float = option(0.8, "That threshold. [code]")
+    saturation_scope: Literal["device", "global"] = option(
+        "global", "Mean over each device's rows (code) or over the global batch (the same on one device)."
+    )
+    clip_weight: float = option(0.8, "Weight pinned to CLIP; the rest is shared by the other teachers. [code]")
+    stop_gradient_teacher_weight: bool = option(False, "Detach the teacher weights. [code: off]")
+    target: Literal["adapter", "interpolate"] = option(
+        "adapter", "Encoder adapter, or a channel Linear after interpolating the grid (the paper's naive ablation)."
+    )
+    kd_weight: float = option(0.5, "Weight of the distillation loss. [code]")
+    balance_weight: float = option(0.01, "Weight of the balance loss. [code]")
+    balance_pool: Literal["all", "layer"] = option("all", "Pool the balance loss over all layers, or a layer at a time. [code: all]")
+    kd_on_text_only: bool = option(True, "Distil on rows without a picture too. [code: on]")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where pictures come from and how they are split."""
+
+    source: Literal["openmoji", "photographs", "folder", "llava", "webdataset"] = option("openmoji", "Kind of source.")
+    path: str = option("", "Folder, JSON file or tar pattern, as the source wants it.")
+    images: str = option("", "Folder of the pictures a LLaVA-style JSON names.")
+    image_size: int = option(224, "Side at which drawings are rendered, pixels.")
+    cache: str = option("", "Folder for rendered pictures; empty: a `tove_jax` folder in the user's cache.")
+    held_out: float = option(0.25, "Share of pictures held out, by a hash of their id.")
+    split_salt: str = option("", "Changes the split.")
+    limit: int = option(0, "Use only this many pictures, spread over the source; 0: all.")
+    flip: bool = option(False, "Also train on mirrored pictures; experts' features are extracted for both.")
+    threads: int = option(2, "Threads that read and decode.")
+    prefetch: int = option(16, "Batches kept ready.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """The experts and their feature store."""
+
+    experts: tuple[str, ...] = option(("clip", "efficientnet_lite0", "hed", "pp_ocr_det"), "Experts, by registered name.")
+    path: str = option("", "Folder of the store; empty: `features` in the run's folder.")
+    codec: Literal["float32", "bf16", "int8", "fp8"] = option("bf16", "How patch tokens are stored.")
+    shard_records: int = option(256, "Records a shard.")
+    batch: int = option(16, "Pictures a step of extraction.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. Defaults: LLaVA-1.5's stage 1. [code]"""
+
+    lr: float = option(1e-3, "Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "Decay after the warm-up, to zero.")
+    warmup: float = option(0.03, "Share of the steps that warm up.")
+    weight_decay: float = option(0.0, "Decoupled decay, on matrices only.")
+    b1: float = option(0.9, "AdamW.")
+    b2: float = option(0.999, "AdamW.")
+    eps: float = option(1e-8, "AdamW.")
+    clip_norm: float = option(1.0, "Clip the norm of the trainable gradient; 0: never.")
+    groups: tuple[tuple[str, Any], ...] = option(
+        ((".*/adapter/.*", 1.0), ("method/.*", 1.0), ("student/.*", None)),
+        "First-match (regex, learning-rate factor or None for frozen); must cover every parameter.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = option(1000, "Optimiser steps.")
+    batch: int = option(256, "Global batch, pictures.")
+    accumulation: int = option(1, "Micro-batches a step; divides the batch.")
+    seed: int = option(42, "Seeds parameters, data order and dropout. [code]")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "Compute dtype; masters are float32.")
+    log_every: int = option(10, "Steps between written metrics.")
+    checkpoint_every: int = option(500, "Steps between checkpoints.")
+    keep: int = option(2, "Checkpoints kept.")
+    replicated_limit_mb: float = option(64.0, "Start-up fails when an array larger than this is replicated though the mesh could shard it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Shape of the device mesh; one -1 takes what is left."""
+
+    data: int = option(-1, "Replicas of the parameters.")
+    fsdp: int = option(1, "Shards of parameters and optimiser state; batch is split over it too.")
+    tensor: int = option(1, "Shards of heads and hidden widths.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of features on held-out pictures."""
+
+    batch: int = option(64, "Pictures a step.")
+    neighbours: int = option(5, "k of k-nearest-neighbour accuracy.")
+    resamples: int = option(200, "Bootstrap resamples of the held-out pictures behind each interval.")
+    probe_l2: float = option(1e-2, "L2 penalty of the linear probe on standardised features.")
+    pool: Literal["mean", "cls"] = option("mean", "Picture feature: mean of the patch tokens, or the CLS token.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    title: str = option("", "What this run is, for reports and model cards.")
+    student: StudentConfig = section(StudentConfig, "The encoder that learns.")
+    method: MoveKDConfig = section(MoveKDConfig, "The method, chosen by its `name`.")
+    data: DataConfig = section(DataConfig, "Pictures.")
+    features: FeaturesConfig = section(FeaturesConfig, "Experts and their features.")
+    optim: OptimConfig = section(OptimConfig, "Optimiser.")
+    train: TrainConfig = section(TrainConfig, "Loop.")
+    mesh: MeshConfig = section(MeshConfig, "Devices.")
+    eval: EvalConfig = section(EvalConfig, "Evaluation.")
