@@ -1,0 +1,1 @@
+"""Reading weights that others wrote, and writing files whole or not at all."""
