@@ -1,0 +1,1 @@
+"""Evaluation of features on held-out pictures; the runner sees only predict functions."""

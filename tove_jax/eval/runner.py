@@ -1,0 +1,219 @@
+"""The evaluation itself: sees only functions from picture numbers to features."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from tove_jax.config.schema import EvalConfig
+from tove_jax.errors import InputError
+from tove_jax.eval import bootstrap, feature_error, knn, probe
+
+Predictor = Callable[[list[int]], np.ndarray]
+
+#: Predictors that are not experts.
+REFERENCES = ("pixels", "init", "student")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+      metrics: flat names to numbers, see `evaluate`.
+      classes: sorted names of the labels.
+      held_out: numbers of the judged pictures.
+      truth: label of each of them.
+      predictions: ``{"knn" | "probe": {predictor: label of each}}``.
+    """
+
+    metrics: dict[str, float]
+    classes: tuple[str, ...]
+    held_out: tuple[int, ...]
+    truth: tuple[str, ...]
+    predictions: dict[str, dict[str, tuple[str, ...]]]
+
+
+def run_predictor(name: str, predictor: Predictor, indices: Sequence[int], batch: int) -> np.ndarray:
+    """Runs one predictor over pictures, `batch` at a time.
+
+    Args:
+      name: of the predictor, for messages.
+      predictor: the function.
+      indices: numbers of the pictures.
+      batch: most pictures a call.
+
+    Returns:
+      float32 (n, D).
+
+    Raises:
+      InputError: the predictor gives another number of rows, or values that are not finite.
+    """
+    parts = []
+    for start in tqdm(range(0, len(indices), batch), desc=f"features of {name}", unit="batch", leave=False):
+        wanted = [int(index) for index in indices[start : start + batch]]
+        part = np.asarray(predictor(wanted), np.float32)
+        if part.ndim != 2 or len(part) != len(wanted):
+            raise InputError(f"features of {name}: expected ({len(wanted)}, D), found {part.shape}")
+        if not np.isfinite(part).all():
+            row = wanted[int(np.argmin(np.isfinite(part).all(axis=1)))]
+            raise InputError(f"features of {name}: picture number {row} has values that are not finite")
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def _labelled(labels: Sequence[str | None], indices: Sequence[int], what: str) -> list[int]:
+    kept = [int(index) for index in indices if labels[index] is not None]
+    if not kept:
+        raise InputError(
+            f"evaluation: expected {what} pictures with a label, found none among {len(indices)}"
+        )
+    return kept
+
+
+def score(
+    predictors: Mapping[str, Predictor],
+    labels: Sequence[str | None],
+    train_indices: Sequence[int],
+    held_out_indices: Sequence[int],
+    config: EvalConfig,
+) -> Evaluation:
+    """As `evaluate`, and keeps every single answer."""
+    train = _labelled(labels, train_indices, "training")
+    held_out = _labelled(labels, held_out_indices, "held-out")
+    if overlap := set(train) & set(held_out):
+        raise InputError(f"evaluation: picture number {min(overlap)} is both in training and held out")
+    classes = tuple(sorted({str(labels[index]) for index in (*train, *held_out)}))
+    number = {name: position for position, name in enumerate(classes)}
+    train_labels = np.array([number[str(labels[index])] for index in train])
+    truth = np.array([number[str(labels[index])] for index in held_out])
+
+    metrics: dict[str, float] = {}
+    right: dict[tuple[str, str], np.ndarray] = {}
+    answers: dict[str, dict[str, tuple[str, ...]]] = {"knn": {}, "probe": {}}
+    features: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def record(name: str, interval: bootstrap.Interval) -> None:
+        metrics[name] = interval.mean
+        metrics[f"{name}_std"] = interval.std
+        metrics[f"{name}_low"] = interval.low
+        metrics[f"{name}_high"] = interval.high
+
+    for name, predictor in predictors.items():
+        gallery = run_predictor(name, predictor, train, config.batch)
+        queries = run_predictor(name, predictor, held_out, config.batch)
+        if name != "pixels":
+            features[name] = gallery, queries
+        for task in ("knn", "probe"):
+            if task == "knn":
+                answer = knn.classify(gallery, train_labels, queries, config.neighbours)
+            else:
+                answer = probe.fit(gallery, train_labels, config.probe_l2).predict(queries)
+            right[task, name] = answer == truth
+            answers[task][name] = tuple(classes[number] for number in answer)
+            record(f"eval/{task}/{name}", bootstrap.bootstrap_mean(right[task, name], config.resamples))
+
+    for task in ("knn", "probe"):
+        for other in ("init", "pixels"):
+            if (task, "student") in right and (task, other) in right:
+                difference = bootstrap.paired_difference(
+                    right[task, "student"], right[task, other], config.resamples
+                )
+                record(f"eval/{task}/student_minus_{other}", difference)
+    for expert in predictors:
+        if expert in REFERENCES:
+            continue
+        for name in ("init", "student"):
+            if name in features:
+                metrics[f"eval/linear_error/{name}/{expert}"] = feature_error.linear_error(
+                    features[name][0], features[expert][0], features[name][1], features[expert][1]
+                )
+    metrics["eval/majority"] = float((truth == np.bincount(train_labels).argmax()).mean())
+    metrics["eval/pictures/train"] = len(train)
+    metrics["eval/pictures/held_out"] = len(held_out)
+    metrics["eval/classes"] = len(classes)
+    return Evaluation(metrics, classes, tuple(held_out), tuple(classes[number] for number in truth), answers)
+
+
+def evaluate(
+    predictors: Mapping[str, Predictor],
+    labels: Sequence[str | None],
+    train_indices: Sequence[int],
+    held_out_indices: Sequence[int],
+    config: EvalConfig,
+) -> dict[str, float]:
+    """Judges features by the labels of held-out pictures.
+
+    Args:
+      predictors: name to a function from picture numbers (n) to features (n, D). ``pixels``,
+        ``init`` (the student's start) and ``student`` are known by name; every other is an expert.
+      labels: of all pictures, by number; those without a label are left out.
+      train_indices: numbers of the labelled gallery.
+      held_out_indices: numbers of the judged pictures.
+      config: neighbours, resamples, penalty, batch.
+
+    Returns:
+      Flat names to numbers: ``eval/{knn,probe}/{name}`` accuracies from 0 to 1;
+      ``eval/{knn,probe}/student_minus_{init,pixels}`` paired differences; beside each of these
+      ``_std``, ``_low`` and ``_high``, its bootstrap error and 95 % interval;
+      ``eval/linear_error/{init,student}/{expert}`` (see `feature_error.linear_error`);
+      ``eval/majority``, the accuracy of always naming the training pictures' commonest label (the
+      alphabetically first of equals); ``eval/pictures/{train,held_out}`` and ``eval/classes``.
+
+    Raises:
+      InputError: no labelled pictures, fewer than two classes, a picture on both sides, features of
+        the wrong shape or not finite, or settings out of range.
+    """
+    return score(predictors, labels, train_indices, held_out_indices, config).metrics
+
+
+def table(metrics: Mapping[str, float]) -> str:
+    """Returns the accuracies as a plain text table: references first, then experts.
+
+    Args:
+      metrics: what `evaluate` returned, perhaps among other metrics.
+    """
+    names = accuracy_names(metrics)
+    rows = [("", "k-NN", "95 % interval", "linear probe", "95 % interval")]
+    for name in names:
+        cells = [name]
+        for task in ("knn", "probe"):
+            key = f"eval/{task}/{name}"
+            cells.append(f"{100 * metrics[key]:.1f} %")
+            cells.append(f"{100 * metrics[f'{key}_low']:.1f} to {100 * metrics[f'{key}_high']:.1f}")
+        rows.append(tuple(cells))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    if "eval/majority" in metrics:
+        lines.append(f"always the commonest label: {100 * metrics['eval/majority']:.1f} %")
+    for task, title in (("knn", "k-NN"), ("probe", "probe")):
+        key = f"eval/{task}/student_minus_init"
+        if key in metrics:
+            lines.append(
+                f"student minus its start, {title}: {100 * metrics[key]:+.1f} points "
+                f"({100 * metrics[f'{key}_low']:+.1f} to {100 * metrics[f'{key}_high']:+.1f})"
+            )
+    return "\n".join(lines)
+
+
+def accuracy_names(metrics: Mapping[str, float]) -> list[str]:
+    """Returns the names with a k-NN accuracy: references first, then experts, in stored order."""
+    prefix = "eval/knn/"
+    suffixes = ("_std", "_low", "_high")
+    found = [
+        name.removeprefix(prefix)
+        for name in metrics
+        if name.startswith(prefix)
+        and not name.removeprefix(prefix).startswith("student_minus_")
+        and not (name.endswith(suffixes) and name.rsplit("_", 1)[0] in metrics)
+    ]
+    return [name for name in REFERENCES if name in found] + [name for name in found if name not in REFERENCES]
