@@ -1,0 +1,418 @@
+"""CLIP's vision transformer, its layers stacked and scanned, with named intermediates on request."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tove_jax.adapters import encoder_adapter, mole
+from tove_jax.config.schema import StudentConfig
+from tove_jax.errors import InputError
+from tove_jax.models.attention import Implementation, attention, attention_row_scores
+from tove_jax.parallel import constrain
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+LOGICAL_AXES = (
+    (r"(.*/)?patch_embed/kernel", ("patch", None, None, "embed")),
+    (r"(.*/)?class_embed", ("embed",)),
+    (r"(.*/)?position_embed", ("tokens", "embed")),
+    (r"(.*/)?(pre|post)_norm/(scale|bias)", ("embed",)),
+    (r"(.*/)?layers/norm[12]/(scale|bias)", ("layers", "embed")),
+    (r"(.*/)?layers/attention/(query|key|value)/kernel", ("layers", "embed", "heads")),
+    (r"(.*/)?layers/attention/(query|key|value)/bias", ("layers", "heads")),
+    (r"(.*/)?layers/attention/out/kernel", ("layers", "heads", "embed")),
+    (r"(.*/)?layers/attention/out/bias", ("layers", "embed")),
+    (r"(.*/)?layers/mlp/fc1/kernel", ("layers", "embed", "mlp")),
+    (r"(.*/)?layers/mlp/fc1/bias", ("layers", "mlp")),
+    (r"(.*/)?layers/mlp/fc2/kernel", ("layers", "mlp", "embed")),
+    (r"(.*/)?layers/mlp/fc2/bias", ("layers", "embed")),
+)
+
+TOKENS = ("batch", "tokens", "embed")
+
+
+def logical_axes() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Returns first-match rules from parameter paths to logical axis names, a name a dimension.
+
+    They cover the student, its adapters and the method's encoder adapters, under any prefix.
+    """
+    return LOGICAL_AXES + mole.LOGICAL_AXES + encoder_adapter.LOGICAL_AXES
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that can also return the row of CLS."""
+
+    heads: int
+    out_std: float
+    dtype: Any
+    implementation: Implementation
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rows: frozenset[str]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        width = x.shape[-1]
+
+        def heads(name: str) -> jax.Array:
+            y = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5), name=name)(x)
+            y = y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+            return constrain(y, ("batch", "tokens", "heads", None))
+
+        query, key, value = heads("query"), heads("key"), heads("value")
+        found = {}
+        if rows:
+            scores = attention_row_scores(query, key)
+            if "attention_cls_scores" in rows:
+                found["attention_cls_scores"] = scores
+            if "attention_cls" in rows:
+                found["attention_cls"] = jax.nn.softmax(scores, axis=-1)
+        y = attention(query, key, value, self.implementation).reshape(x.shape)
+        out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="out")
+        return out(y), found
+
+
+class Mlp(nn.Module):
+    """Two linears and an activation, run by the adapter where there is one."""
+
+    mlp_width: int
+    activation: str
+    out_std: float
+    dtype: Any
+    adapter: Callable[..., nn.Module] | None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, adapter_inputs: Any, deterministic: bool, reports: frozenset[str]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        width = x.shape[-1]
+        init = nn.initializers.normal
+        first = nn.Dense(self.mlp_width, dtype=self.dtype, kernel_init=init((2 * width) ** -0.5), name="fc1")
+        second = nn.Dense(width, dtype=self.dtype, kernel_init=init(self.out_std), name="fc2")
+
+        def widen(z: jax.Array) -> jax.Array:
+            return constrain(first(z), ("batch", "tokens", "mlp"))
+
+        act = ACTIVATIONS[self.activation]
+        if self.adapter is None:
+            return second(act(widen(x))), {}
+        experts = self.adapter(name="adapter")
+        return experts(
+            x, widen, act, second, inputs=adapter_inputs, deterministic=deterministic, reports=reports
+        )
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    heads: int
+    mlp_width: int
+    activation: str
+    norm_epsilon: float
+    depth: int
+    dtype: Any
+    implementation: Implementation
+    adapter: Callable[..., nn.Module] | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        adapter_inputs: Any = None,
+        *,
+        rows: frozenset[str] = frozenset(),
+        reports: frozenset[str] = frozenset(),
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+        """Returns (B, T, D), the attention rows asked for, and the adapter's reports asked for."""
+        out_std = x.shape[-1] ** -0.5 * (2 * self.depth) ** -0.5
+        norm1 = layer_norm("norm1", self.norm_epsilon, self.dtype)
+        norm2 = layer_norm("norm2", self.norm_epsilon, self.dtype)
+        attend = Attention(self.heads, out_std, self.dtype, self.implementation, name="attention")
+        mlp = Mlp(self.mlp_width, self.activation, out_std, self.dtype, self.adapter, name="mlp")
+        y, found = attend(norm1(x), rows)
+        x = constrain(x + y, TOKENS)
+        y, told = mlp(norm2(x), adapter_inputs, deterministic, reports)
+        return constrain(x + y, TOKENS), found, told
+
+
+def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.Module:
+    """Returns a layer norm with float32 statistics; the two-pass variance, as torch computes it."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Requests:
+    """What was asked for, by layer."""
+
+    outputs: dict[int, list[str]]
+    rows: dict[int, dict[str, list[str]]]
+    reports: frozenset[str]
+    embeddings: bool
+    pooled: bool
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's vision tower (Radford et al., arXiv 2103.00020), equal to transformers' CLIPVisionModel.
+
+    Parameters, everything under ``layers/`` stacked on a leading axis of length ``depth``::
+
+        patch_embed/kernel (p, p, 3, D)   class_embed (D,)   position_embed (1+N, D)
+        pre_norm/{scale,bias} (D,)        post_norm/{scale,bias} (D,)
+        layers/norm{1,2}/{scale,bias}
+        layers/attention/{query,key,value,out}/{kernel (L, D, D), bias (L, D)}
+        layers/mlp/fc1/{kernel (L, D, F), bias}    layers/mlp/fc2/{kernel (L, F, D), bias}
+        layers/mlp/adapter/...                     the adapter's own
+
+    They are float32 when initialised, may be stored in another dtype, and are cast at use. Random
+    initialisation is that of OpenAI's released CLIP.
+
+    Attributes:
+      image_size: side of the picture, pixels.
+      patch_size: side of a patch, pixels; what is left over at the right and bottom is cut off.
+      width: D.
+      depth: number of layers L.
+      heads: attention heads; divides the width.
+      mlp_width: F.
+      activation: ``quick_gelu`` or (exact) ``gelu``.
+      norm_epsilon: of every layer norm.
+      adapter: factory ``(name=...) -> module`` called as `tove_jax.adapters.mole.MoLE` is, or None.
+      dtype: compute dtype; norm statistics and softmax are float32 at the least.
+      attention: see `tove_jax.models.attention.choose`.
+      remat: ``none``; ``dots`` keeps the products with weights and computes the rest of a layer
+        again in the backward pass; ``full`` keeps only each layer's input.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    norm_epsilon: float = 1e-5
+    adapter: Callable[..., nn.Module] | None = None
+    dtype: Any = jnp.float32
+    attention: Implementation = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    @nn.compact
+    def __call__(
+        self,
+        pixels: jax.Array,
+        *,
+        intermediates: Sequence[str] = (),
+        final: bool = True,
+        deterministic: bool = True,
+        adapter_inputs: Any = None,
+    ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+        """Encodes pictures; what is not asked for is not computed.
+
+        Args:
+          pixels: float (B, image_size, image_size, 3), normalised.
+          intermediates: names among ``embeddings`` (B, 1+N, D), the input of the first layer, after
+            the pre-norm; ``layers/{i}`` (B, 1+N, D), the output of layer i, negative counting from
+            the end (``layers/-2`` is transformers' ``hidden_states[-2]``); ``layers/{i}/attention_cls``
+            and ``layers/{i}/attention_cls_scores`` (B, heads, 1+N), the row of CLS after and before
+            the softmax; ``adapter/{report}`` (L, B, ...), what every layer's adapter reports;
+            ``pooled`` (B, D), the post-norm of the last layer's CLS.
+          final: whether the last layer's tokens are wanted; without them, layers after the last one
+            asked for are not run (the adapters' reports ask for every layer's router).
+          deterministic: no dropout; otherwise the rng ``dropout`` is needed.
+          adapter_inputs: pytree given to the adapter of every layer alike.
+
+        Returns:
+          (B, 1+N, D), the last layer's tokens without a norm (None unless ``final``), and a dict
+          with exactly the names asked for.
+
+        Raises:
+          InputError: pixels of another shape, an unknown name, a layer out of range.
+        """
+        size, depth = self.image_size, self.depth
+        if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
+            raise InputError(f"pixels: expected (batch, {size}, {size}, 3), found {pixels.shape}")
+        asked = _parse(intermediates, depth, self.adapter is not None)
+        x = self._embed(pixels)
+        block = Block(
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            activation=self.activation,
+            norm_epsilon=self.norm_epsilon,
+            depth=depth,
+            dtype=self.dtype,
+            implementation=self.attention,
+            adapter=self.adapter,
+            parent=None,
+        )
+        stacked = self.param("layers", _stacked_init(block, depth, self.width))
+        found: dict[str, jax.Array] = {"embeddings": x} if asked.embeddings else {}
+        output_wanted = final or asked.pooled or self.is_initializing()
+        told: list[dict[str, jax.Array]] = []
+        keys = None
+        if not deterministic and self.adapter is not None:
+            keys = jax.random.split(self.make_rng("dropout"), depth)
+        for start, stop in _segments(asked, depth, output_wanted):
+            params = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], stacked)
+            rows = frozenset(asked.rows.get(start, {}))
+            run = self._body(block, rows, asked.reports, adapter_inputs, scanned=stop - start > 1)
+            segment_keys = None if keys is None else keys[start:stop]
+            if stop - start > 1:
+                x, (_, reports) = jax.lax.scan(run, x, (params, segment_keys))
+            else:
+                x, (row, reports) = run(x, jax.tree.map(lambda leaf: leaf[0], (params, segment_keys)))
+                reports = jax.tree.map(lambda leaf: leaf[None], reports)
+                for kind, names in asked.rows.get(start, {}).items():
+                    found.update(dict.fromkeys(names, row[kind]))
+            told.append(reports)
+            found.update(dict.fromkeys(asked.outputs.get(stop - 1, ()), x))
+        for report in asked.reports:
+            found[f"adapter/{report}"] = jnp.concatenate([part[report] for part in told])
+        post_norm = layer_norm("post_norm", self.norm_epsilon, self.dtype)
+        if asked.pooled or self.is_initializing():
+            found["pooled"] = post_norm(x[:, 0])
+        return (x if final else None), {name: found[name] for name in intermediates}
+
+    def _embed(self, pixels: jax.Array) -> jax.Array:
+        side, grid, width = self.patch_size, self.grid, self.width
+        patches = pixels[:, : grid * side, : grid * side].astype(self.dtype)
+        patches = patches.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3)
+        patches = patches.reshape(-1, grid * grid, side * side * 3)
+        init = nn.initializers.normal
+        kernel = PatchKernel((side, side, 3, width), name="patch_embed")()
+        class_embed = self.param("class_embed", init(width**-0.5), (width,))
+        position = self.param("position_embed", init(width**-0.5), (1 + grid * grid, width))
+        x = patches @ kernel.reshape(-1, width).astype(self.dtype)
+        cls = jnp.broadcast_to(class_embed.astype(self.dtype), (x.shape[0], 1, width))
+        x = jnp.concatenate([cls, x], axis=1) + position.astype(self.dtype)
+        return constrain(layer_norm("pre_norm", self.norm_epsilon, self.dtype)(x), TOKENS)
+
+    def _body(
+        self, block: Block, rows: frozenset[str], reports: frozenset[str], inputs: Any, scanned: bool
+    ) -> Callable[..., Any]:
+        def body(x: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, Any]:
+            params, key = layer
+            x, row, told = block.apply(
+                {"params": params},
+                x,
+                inputs,
+                rows=rows,
+                reports=reports,
+                deterministic=key is None,
+                rngs=None if key is None else {"dropout": key},
+            )
+            return x, (row, told)
+
+        if self.remat == "none":
+            return body
+        policies = jax.checkpoint_policies
+        dots = policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        # Inside a scan nothing can be merged across iterations, so the barrier would only cost.
+        return jax.checkpoint(body, policy=dots, prevent_cse=not scanned)
+
+
+class PatchKernel(nn.Module):
+    """Holds the kernel of the patch embedding, used as one matrix product over flattened patches."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Returns (p, p, 3, D)."""
+        return self.param("kernel", nn.initializers.normal(0.02), self.shape)
+
+
+def _stacked_init(block: Block, depth: int, width: int) -> Callable[[jax.Array], Any]:
+    def init(rng: jax.Array) -> Any:
+        token = jnp.zeros((1, 1, width), jnp.float32)
+        return jax.vmap(lambda key: block.init(key, token)["params"])(jax.random.split(rng, depth))
+
+    return init
+
+
+def _parse(names: Sequence[str], depth: int, has_adapter: bool) -> _Requests:
+    outputs: dict[int, list[str]] = {}
+    rows: dict[int, dict[str, list[str]]] = {}
+    reports = set()
+    for name in names:
+        layer = re.fullmatch(r"layers/(-?\d+)(?:/(attention_cls|attention_cls_scores))?", name)
+        if layer:
+            index = int(layer[1])
+            if not -depth <= index < depth:
+                raise InputError(f"intermediate '{name}': the encoder has {depth} layers")
+            index %= depth
+            if layer[2]:
+                rows.setdefault(index, {}).setdefault(layer[2], []).append(name)
+            else:
+                outputs.setdefault(index, []).append(name)
+        elif name.startswith("adapter/"):
+            if not has_adapter:
+                raise InputError(f"intermediate '{name}': the encoder has no adapter")
+            reports.add(name.removeprefix("adapter/"))
+        elif name not in ("embeddings", "pooled"):
+            raise InputError(
+                f"intermediate '{name}': expected embeddings, pooled, layers/<i>, layers/<i>/attention_cls, "
+                "layers/<i>/attention_cls_scores or adapter/<report>"
+            )
+    return _Requests(outputs, rows, frozenset(reports), "embeddings" in names, "pooled" in names)
+
+
+def _segments(asked: _Requests, depth: int, output_wanted: bool) -> list[tuple[int, int]]:
+    """Cuts the layers that must run into runs to scan, and layers to run alone.
+
+    A run ends where an output is wanted. A layer whose attention row is wanted stands alone, and so
+    does the last one when only its router is: the compiler then drops the rest of that layer.
+    """
+    alone = set(asked.rows)
+    last = max([-1, *asked.outputs, *asked.rows])
+    if output_wanted:
+        last = depth - 1
+    elif asked.reports and last < depth - 1:
+        last = depth - 1
+        alone.add(last)
+    cuts = {0, last + 1}
+    cuts.update(index + 1 for index in asked.outputs)
+    cuts.update(edge for index in alone for edge in (index, index + 1))
+    edges = sorted(cut for cut in cuts if cut <= last + 1)
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def from_config(config: StudentConfig, dtype: Any = jnp.float32) -> VisionTransformer:
+    """Builds the student.
+
+    Args:
+      config: its settings.
+      dtype: compute dtype.
+
+    Raises:
+      InputError: heads that do not divide the width, or a patch larger than the picture.
+    """
+    if config.width % config.heads:
+        raise InputError(f"student.heads: {config.heads} does not divide student.width {config.width}")
+    if not 0 < config.patch_size <= config.image_size:
+        raise InputError(f"student.patch_size: {config.patch_size} does not fit student.image_size {config.image_size}")
+    return VisionTransformer(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        width=config.width,
+        depth=config.layers,
+        heads=config.heads,
+        mlp_width=config.mlp_width,
+        activation=config.activation,
+        norm_epsilon=config.norm_epsilon,
+        adapter=mole.from_config(config.adapter, dtype),
+        dtype=dtype,
+        attention=config.attention,
+        remat=config.remat,
+    )
