@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from tove_jax.config.schema import StudentConfig
 from tove_jax.errors import InputError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,6 +46,11 @@ class View:
     channels: Literal["rgb", "bgr"] = "rgb"
     scale: float = 1.0
     flip: bool = False
+
+    @classmethod
+    def of_student(cls, student: StudentConfig) -> View:
+        """Returns the view that a student's settings describe."""
+        return cls(size=student.image_size, **dataclasses.asdict(student.view))
 
     def describe(self) -> dict[str, Any]:
         """Returns the plain, JSON-ready fields, as a manifest stores them."""

@@ -1,0 +1,36 @@
+"""The student's start: one CLIP folder that the student, the `clip` expert and the evaluation share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from tove_jax.config.schema import Config
+from tove_jax.models import vit
+
+
+def start_folder(config: Config, workdir: Path) -> Path | str:
+    """Returns where the student starts, making it when it starts from nothing.
+
+    Args:
+      config: ``student.initialize`` names a CLIP folder or hub id; empty starts from random weights,
+        drawn from ``train.seed``.
+      workdir: the run's folder; a random start is kept in its ``start``, so that every command of
+        the run sees the same one.
+
+    Returns:
+      A folder, or the hub id as it is.
+    """
+    if config.student.initialize:
+        return config.student.initialize
+    folder = Path(workdir) / "start"
+    if not folder.exists():
+        from tove_jax.hf.export import save_start
+
+        plain = vit.from_config(config.student, dtype=jnp.float32, adapter=False)
+        size = config.student.image_size
+        params = plain.init(jax.random.key(config.train.seed), jnp.zeros((1, size, size, 3)))["params"]
+        save_start(config, jax.device_get(params), folder)
+    return folder

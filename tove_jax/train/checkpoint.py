@@ -1,0 +1,268 @@
+"""Checkpoints by Orbax: trainable state, optimiser, data iterator, settings, and where the frozen came from.
+
+Layout of a run's folder::
+
+    checkpoints/<step>/{trainable,optimizer,data,meta}     the last `train.keep` steps
+    frozen/                                                frozen weights, once a run
+    nonfinite/<step>/...                                   the state that met a NaN or Inf
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+import tove_jax
+from tove_jax.config import Config, from_json, to_json
+from tove_jax.errors import InputError
+from tove_jax.train.state import TrainState, merge
+
+FORMAT = "tove_jax-checkpoint-1"
+# Fields that may differ between the run that saved and the run that resumes.
+FREE_FIELDS = (
+    "title",
+    "mesh",
+    "eval",
+    "features.path",
+    "data.path",
+    "data.images",
+    "data.cache",
+    "data.threads",
+    "data.prefetch",
+    "student.initialize",
+    "student.attention",
+    "student.remat",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.replicated_limit_mb",
+)
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder.
+
+    Args:
+      workdir: the run's folder.
+      config: the settings of this run.
+      provenance: hashes and origins of what the weights came from, JSON-ready.
+      name: sub-folder; ``checkpoints`` but for the one kept after a non-finite step.
+    """
+
+    def __init__(
+        self, workdir: Path, config: Config, provenance: dict[str, Any], name: str = "checkpoints"
+    ) -> None:
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self.path = (workdir / name).absolute()
+        self._config = config
+        self._provenance = provenance
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.path,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=config.train.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                ),
+            )
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot keep checkpoints here: {error}") from None
+
+    def latest(self) -> int | None:
+        """Returns the newest saved step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
+        """Starts saving; the arrays are copied before this returns, so the state may be donated.
+
+        Raises:
+          InputError: the disk is full or the folder cannot be written.
+        """
+        meta = {
+            "format": FORMAT,
+            "version": tove_jax.__version__,
+            "jax": jax.__version__,
+            "config": to_json(self._config),
+            "provenance": self._provenance,
+        }
+        optimizer = {"opt_state": state.opt_state, "step": state.step, "bad_step": state.bad_step}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(state.trainable),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    data=ocp.args.JsonSave(data_state),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                force=True,
+            )
+        except OSError as error:
+            raise InputError(f"{self.path}: saving step {step} failed: {error}") from None
+
+    def save_frozen(self, frozen: dict[str, Any]) -> None:
+        """Stores the frozen weights once a run, so that a checkpoint is whole without its origin."""
+        path = self.path.parent / "frozen"
+        if frozen and not path.exists():
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path, frozen)
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restores onto the shardings of ``like``, whatever mesh or process count saved it.
+
+        Args:
+          step: a saved step.
+          like: a state of the shapes, types and shardings wanted; its frozen part is kept.
+
+        Returns:
+          The state and the data iterator's state.
+
+        Raises:
+          InputError: not one of our checkpoints, truncated, of other settings or other shapes.
+        """
+        where = self.path / str(step)
+        meta = _read_meta(self._manager, where, step)
+        _check_settings(from_json(meta["config"], f"{where}/meta"), self._config, where)
+        for name, value in meta["provenance"].items():
+            if name in self._provenance and self._provenance[name] != value:
+                raise InputError(
+                    f"{where}: was trained with {name} {json.dumps(value)}, this run has "
+                    f"{json.dumps(self._provenance[name])}"
+                )
+        optimizer = {"opt_state": like.opt_state, "step": like.step, "bad_step": like.bad_step}
+        _check_shapes(self._manager, where, step, "trainable", like.trainable)
+        restored = _restore(
+            self._manager,
+            where,
+            step,
+            trainable=ocp.args.StandardRestore(_abstract(like.trainable)),
+            optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+            data=ocp.args.JsonRestore(),
+        )
+        rest = restored.optimizer
+        state = TrainState(rest["step"], restored.trainable, like.frozen, rest["opt_state"], rest["bad_step"])
+        return state, restored.data
+
+    def wait(self) -> None:
+        """Blocks until a save in flight is on disk.
+
+        Raises:
+          InputError: the save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise InputError(f"{self.path}: saving failed: {error}") from None
+
+    def close(self) -> None:
+        """Waits for a save in flight and closes."""
+        self.wait()
+        self._manager.close()
+
+
+def _read_meta(manager: ocp.CheckpointManager, where: Path, step: int) -> dict[str, Any]:
+    meta = _restore(manager, where, step, meta=ocp.args.JsonRestore()).meta
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise InputError(f"{where}: not a checkpoint of ours: expected format {FORMAT}, found {found}")
+    return meta
+
+
+def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: Any) -> Any:
+    if not where.is_dir():
+        raise InputError(f"{where}: no such checkpoint; present: {sorted(manager.all_steps())}")
+    absent = [name for name in items if not (where / name).is_dir()]
+    if absent:
+        raise InputError(f"{where}: not a whole checkpoint of ours: {', '.join(absent)} missing")
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax and TensorStore raise many kinds for one cause: unreadable files.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{where}: cannot be read, truncated or damaged: {reason}") from error
+
+
+def _saved_shapes(manager: ocp.CheckpointManager, where: Path, step: int, item: str) -> dict[str, Any]:
+    try:
+        tree = manager.item_metadata(step)[item]
+        return dict(getattr(tree, "tree", tree))
+    except Exception as error:  # As in `_restore`.
+        raise InputError(f"{where}/{item}: cannot be read, truncated or damaged: {error}") from error
+
+
+def _check_shapes(manager: ocp.CheckpointManager, where: Path, step: int, item: str, like: dict[str, Any]) -> None:
+    saved = _saved_shapes(manager, where, step, item)
+    missing, extra = sorted(set(like) - set(saved)), sorted(set(saved) - set(like))
+    if missing or extra:
+        raise InputError(f"{where}/{item}: missing {missing[:10]}, unexpected {extra[:10]}")
+    for name, leaf in like.items():
+        if tuple(saved[name].shape) != tuple(leaf.shape):
+            raise InputError(
+                f"{where}/{item}: {name}: expected shape {tuple(leaf.shape)}, found {tuple(saved[name].shape)}"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for name, value in values.items():
+        result.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return result
+
+
+def _check_settings(saved: Config, config: Config, where: Path) -> None:
+    old, new = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
+    changed = [
+        f"config.{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and not any(name == free or name.startswith(free + ".") for free in FREE_FIELDS)
+    ]
+    if changed:
+        raise InputError(f"{where}: cannot resume with other settings (use another --workdir): " + "; ".join(changed))
+
+
+def load_student(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any], dict[str, Any]]:
+    """Reads a run's parameters for evaluation or export, on one device.
+
+    Args:
+      workdir: the run's folder.
+      step: a saved step; the newest when None.
+
+    Returns:
+      The run's config, ``{"student": tree, "method": tree}``, and its provenance with ``step`` added.
+
+    Raises:
+      InputError: no checkpoint there, or an unreadable one.
+    """
+    path = (Path(workdir) / "checkpoints").absolute()
+    if not path.is_dir():
+        raise InputError(f"{path}: no checkpoints here; run `tove train` first")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(tree: dict[str, Any]) -> dict[str, Any]:
+        return {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding) for n, m in tree.items()}
+
+    with ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None:
+            raise InputError(f"{path}: no checkpoint has been saved yet")
+        where = path / str(step)
+        meta = _read_meta(manager, where, step)
+        wanted = abstract(_saved_shapes(manager, where, step, "trainable"))
+        trainable = _restore(manager, where, step, trainable=ocp.args.StandardRestore(wanted)).trainable
+    frozen: dict[str, Any] = {}
+    if (path.parent / "frozen").is_dir():
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path.parent / "frozen")
+            frozen = checkpointer.restore(path.parent / "frozen", abstract(dict(getattr(tree, "tree", tree))))
+    config = from_json(meta["config"], f"{where}/meta")
+    return config, merge(trainable, frozen), {**meta["provenance"], "step": step}

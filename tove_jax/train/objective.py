@@ -1,0 +1,66 @@
+"""Puts student, experts' features and method together into the one loss that the step differentiates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tove_jax import methods
+from tove_jax.adapters import encoder_adapter, mole
+from tove_jax.config.schema import Config
+from tove_jax.data.view import View
+from tove_jax.experts.codecs import decode_features
+from tove_jax.experts.manifest import Manifest
+from tove_jax.models import vit
+from tove_jax.train.step import Batch, Loss
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def make_student(config: Config) -> vit.VisionTransformer:
+    """Returns the student with its adapters, computing in ``train.dtype``."""
+    return vit.from_config(config.student, dtype=DTYPES[config.train.dtype])
+
+
+def make_loss(config: Config, manifests: dict[str, Manifest]) -> Loss:
+    """Returns ``loss(params, batch, key)``, the mean over the batch's real rows.
+
+    Args:
+      config: a whole run's settings.
+      manifests: of each expert's store; they say how its payload is decoded on the device.
+
+    Returns:
+      A pure function ``({"student", "method"}, batch, key) -> (loss, metrics)``.
+    """
+    student = make_student(config)
+    view = View.of_student(config.student)
+    method = methods.get(config.method.name)
+    wanted = tuple(method.requested_intermediates(config))
+
+    def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        _, outputs = student.apply(
+            {"params": params["student"]},
+            view.normalize(batch["pixels"]),
+            intermediates=wanted,
+            final=False,
+            deterministic=False,
+            rngs={"dropout": key},
+        )
+        features = {name: decode_features(manifests[name], payload) for name, payload in batch["features"].items()}
+        total, metrics = method.objective(params["method"], outputs, features, batch, config)
+        return total, {**metrics, "loss/total": total}
+
+    return loss
+
+
+def logical_axes() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Returns the first-match table of logical axes of every parameter of a run."""
+    return vit.LOGICAL_AXES + mole.LOGICAL_AXES + encoder_adapter.LOGICAL_AXES
+
+
+def count(tree: dict[str, Any]) -> int:
+    """Returns the number of parameters of a flat tree."""
+    return sum(int(np.prod(leaf.shape)) for leaf in tree.values())
