@@ -1,0 +1,26 @@
+"""`tove extract`: run the experts once and keep their features."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "run the experts over the pictures and store their features; resumes, several processes share the work"
+TAKES_CONFIG = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's options."""
+    parser.add_argument("--experts", metavar="A,B", help="Only these of the configured experts.")
+    parser.add_argument("--quiet", action="store_true", help="No progress bar.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Extracts the missing features and prints where they lie."""
+    from tove_jax.experts.extract import extract_all
+
+    only = args.experts.split(",") if args.experts else None
+    stores = extract_all(args.config, args.workdir, experts=only, progress=not args.quiet)
+    for folders in stores.values():
+        for folder in folders:
+            print(folder)
+    return 0
