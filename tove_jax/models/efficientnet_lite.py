@@ -42,7 +42,9 @@ def blocks() -> list[tuple[int, int, int, int, int]]:
     rows, width = [], STEM_WIDTH
     for stage in STAGES:
         for repeat in range(stage.repeats):
-            rows.append((stage.kernel, stage.stride if repeat == 0 else 1, stage.expansion, width, stage.width))
+            rows.append(
+                (stage.kernel, stage.stride if repeat == 0 else 1, stage.expansion, width, stage.width)
+            )
             width = stage.width
     return rows
 
@@ -68,7 +70,12 @@ def depthwise_by_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Arr
     pad_wide = max((wide - 1) * stride + size - width, 0)
     x = jnp.pad(
         x,
-        ((0, 0), (pad_high // 2, pad_high - pad_high // 2), (pad_wide // 2, pad_wide - pad_wide // 2), (0, 0)),
+        (
+            (0, 0),
+            (pad_high // 2, pad_high - pad_high // 2),
+            (pad_wide // 2, pad_wide - pad_wide // 2),
+            (0, 0),
+        ),
     )
     total = jnp.zeros((), x.dtype)
     for i in range(size):
@@ -105,7 +112,12 @@ class DepthwiseConvolution(nn.Module):
             return depthwise_by_shifts(x, kernel, self.stride) + bias
         strides = (self.stride, self.stride)
         return bias + lax.conv_general_dilated(
-            x, kernel, strides, "SAME", feature_group_count=channels, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x,
+            kernel,
+            strides,
+            "SAME",
+            feature_group_count=channels,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
 
