@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from tove_jax.config.schema import Config
+from tove_jax.config.schema import AdapterConfig, Config
 from tove_jax.models import vit
 
 
@@ -29,7 +30,7 @@ def start_folder(config: Config, workdir: Path) -> Path | str:
     if not folder.exists():
         from tove_jax.hf.export import save_start
 
-        plain = vit.from_config(config.student, dtype=jnp.float32, adapter=False)
+        plain = vit.from_config(dataclasses.replace(config.student, adapter=AdapterConfig(kind="none")))
         size = config.student.image_size
         params = plain.init(jax.random.key(config.train.seed), jnp.zeros((1, size, size, 3)))["params"]
         save_start(config, jax.device_get(params), folder)

@@ -1,0 +1,119 @@
+"""Where a run begins: the start's weights, fresh adapters, the method's own parameters, all sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from tove_jax.hf.load import load_clip
+
+from tove_jax import methods
+from tove_jax.config.schema import Config
+from tove_jax.errors import InputError
+from tove_jax.experts.manifest import Manifest
+from tove_jax.files.weights import hash_arrays
+from tove_jax.hf.start import start_folder
+from tove_jax.parallel import flat_paths, logical_specs, tree_shardings
+from tove_jax.parallel.sharding import replicated
+from tove_jax.train.objective import DTYPES, logical_axes, make_student
+from tove_jax.train.state import TrainState, flatten, parameter_factors, split, unflatten
+
+
+def start_parameters(config: Config, workdir: Path) -> tuple[Any, dict[str, Any]]:
+    """Reads the student's start as a plain CLIP tree.
+
+    Returns:
+      The tree, and its provenance: ``{"start": hash of the weights}``.
+
+    Raises:
+      InputError: the start has another shape than ``config.student``.
+    """
+    fields, params = load_clip(str(start_folder(config, workdir)), image_size=config.student.image_size)
+    for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_width", "activation", "norm_epsilon"):
+        wanted, found = getattr(config.student, name), fields[name]
+        if found != wanted:
+            raise InputError(
+                f"config.student.{name} is {wanted!r}, but the start {config.student.initialize or 'start'} "
+                f"has {found!r}"
+            )
+    return params, {"start": hash_arrays({path: np.asarray(x) for path, x in flat_paths(params).items()})}
+
+
+def initial_parameters(
+    config: Config, workdir: Path, manifests: Mapping[str, Manifest]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns every parameter of a run before its first step, on the host.
+
+    Args:
+      config: the run's settings; ``train.seed`` draws adapters and method parameters.
+      workdir: the run's folder.
+      manifests: of each expert's store; their shapes decide the method's.
+
+    Returns:
+      ``{"student": tree, "method": tree}`` and its provenance.
+    """
+    start, provenance = start_parameters(config, workdir)
+    student = make_student(config)
+    adapter_key, method_key = jax.random.split(jax.random.key(config.train.seed + 1))
+    size = config.student.image_size
+    fresh = jax.jit(student.init)(adapter_key, jnp.zeros((1, size, size, 3)))["params"]
+    merged = unflatten({**flatten(jax.device_get(fresh)), **flatten(start)})
+    contracts = {name: manifest.card() for name, manifest in manifests.items()}
+    tokens = student.grid**2
+    extra = methods.get(config.method.name).init_extra(config, contracts, tokens, method_key)
+    for name, manifest in manifests.items():
+        provenance[f"expert/{name}"] = manifest.weights_hash
+    return {"student": merged, "method": jax.device_get(extra)}, provenance
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the sharding of every leaf; an optimiser slot follows its parameter."""
+    table = logical_axes()
+
+    def of(tree: dict[str, Any]) -> dict[str, Any]:
+        return tree_shardings(tree, logical_specs(tree, table, "logical axes"), mesh)
+
+    trainable = of(state.trainable)
+
+    def slot(path: Any, leaf: Any) -> Any:
+        name = getattr(path[-1], "key", None) if path else None
+        return trainable[name] if name in trainable and leaf.shape == state.trainable[name].shape else replicated(mesh)
+
+    return TrainState(
+        step=replicated(mesh),
+        trainable=trainable,
+        frozen=of(state.frozen) if state.frozen else {},
+        opt_state=jax.tree_util.tree_map_with_path(slot, state.opt_state),
+        bad_step=replicated(mesh),
+    )
+
+
+def initial_state(
+    config: Config, params: dict[str, Any], make_optimizer: Any, mesh: Mesh
+) -> tuple[TrainState, TrainState, optax.GradientTransformation]:
+    """Splits the parameters, makes the optimiser and its slots, and puts all on the mesh.
+
+    Args:
+      config: groups, optimiser, dtype.
+      params: nested host tree.
+      make_optimizer: ``(optim config, steps, factors) -> optax transformation``.
+      mesh: the device mesh.
+
+    Returns:
+      The state, its shardings and the optimiser.
+    """
+    factors = parameter_factors(config.optim, flatten(params))
+    optimizer = make_optimizer(config.optim, config.train.steps, factors)
+
+    def build(tree: Any) -> TrainState:
+        trainable, frozen = split(tree, factors, DTYPES[config.train.dtype])
+        return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable), jnp.int32(-1))
+
+    shardings = state_shardings(jax.eval_shape(build, params), mesh)
+    return jax.jit(build, out_shardings=shardings)(params), shardings, optimizer

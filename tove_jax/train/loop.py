@@ -1,0 +1,261 @@
+"""The one training loop.
+
+The order within an iteration is a contract: dispatch the step, fetch the next batch while the
+device works, look at the step before, write metrics, save (with the iterator's state *after* the
+saved step's batch), and only then go on.
+"""
+
+from __future__ import annotations
+
+import collections
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tove_jax.data.loader import Loader, make_loader
+
+from tove_jax.config.schema import Config
+from tove_jax.data import make_source
+from tove_jax.data.split import split_indices
+from tove_jax.data.view import View
+from tove_jax.errors import InputError
+from tove_jax.experts.manifest import Manifest
+from tove_jax.experts.store import FeatureStore, open_stores
+from tove_jax.parallel import check_replication, make_mesh, shard_batch
+from tove_jax.parallel.sharding import batch_sharding, replicated
+from tove_jax.train.checkpoint import Checkpoints
+from tove_jax.train.initial import initial_parameters, initial_state
+from tove_jax.train.metrics import MetricWriter, progress_bar, update_summary
+from tove_jax.train.objective import count, make_loss
+from tove_jax.train.optimizer import make_optimizer
+from tove_jax.train.state import TrainState
+from tove_jax.train.step import make_step
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite; the message names step, records and checkpoint."""
+
+
+def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
+    """Trains, or goes on from the newest checkpoint of the folder.
+
+    Args:
+      config: the run's settings.
+      workdir: the run's folder; features are read from its ``features`` unless the config says.
+      progress: show a bar.
+
+    Returns:
+      0 when all steps are done, 143 when a SIGTERM ended the run after saving.
+
+    Raises:
+      InputError: settings, features or a checkpoint that do not fit.
+      NonFiniteError: after saving the state that met it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch % (config.train.accumulation * shards):
+        raise InputError(
+            f"config.train.batch: {config.train.batch} does not divide into accumulation "
+            f"{config.train.accumulation} x {shards} shards of the batch"
+        )
+    stores, flipped = open_stores(config, workdir)
+    manifests = {name: store.manifest for name, store in stores.items()}
+    loader = _make_loader(config, stores, flipped)
+    params, provenance = initial_parameters(config, workdir, manifests)
+    _check_clip(config, manifests, provenance)
+    with jax.set_mesh(mesh):
+        state, shardings, optimizer = initial_state(config, params, make_optimizer, mesh)
+        check_replication(state.trainable, mesh, config.train.replicated_limit_mb)
+        check_replication(state.frozen, mesh, config.train.replicated_limit_mb)
+        del params
+        checkpoints = Checkpoints(workdir, config, provenance)
+        latest = checkpoints.latest()
+        if latest is not None:
+            state, data_state = checkpoints.restore(latest, state)
+            loader.set_state(data_state)
+        _announce(config, state, mesh, latest)
+        step = jax.jit(
+            make_step(config, make_loss(config, manifests), optimizer),
+            donate_argnums=0,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, replicated(mesh)),
+        )
+        try:
+            return _Run(config, workdir, mesh, loader, checkpoints, provenance, progress).go(step, state, latest or 0)
+        finally:
+            loader.close()
+            checkpoints.close()
+
+
+def _make_loader(config: Config, stores: dict[str, FeatureStore], flipped: dict[str, FeatureStore]) -> Loader:
+    source = make_source(config.data)
+    indices, _ = split_indices(source.ids, config.data)
+    return make_loader(
+        source,
+        indices,
+        View.of_student(config.student),
+        stores,
+        batch=config.train.batch,
+        seed=config.train.seed,
+        flip_readers=flipped or None,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _check_clip(config: Config, manifests: dict[str, Manifest], provenance: dict[str, Any]) -> None:
+    """The expert the methods call CLIP must be the frozen copy of this very start."""
+    name = config.method.clip_expert
+    if name not in manifests:
+        raise InputError(f"config.features.experts: '{name}' (config.method.clip_expert) is missing")
+
+
+def _announce(config: Config, state: TrainState, mesh: Any, latest: int | None) -> None:
+    if jax.process_index():
+        return
+    where = "from the start" if latest is None else f"resumed at step {latest}"
+    print(
+        f"train: {count(state.trainable):,} trainable and {count(state.frozen):,} frozen parameters, "
+        f"batch {config.train.batch}, {config.train.steps} steps, mesh {dict(mesh.shape)} on "
+        f"{jax.devices()[0].device_kind}, {where}",
+        file=sys.stderr,
+    )
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """Yields an event that a SIGTERM sets, so that the loop saves before it stops."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Run:
+    """The loop's own bookkeeping; everything numeric is in the step."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: Any,
+        loader: Loader,
+        checkpoints: Checkpoints,
+        provenance: dict[str, Any],
+        progress: bool,
+    ) -> None:
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.loader, self.checkpoints, self.provenance = loader, checkpoints, provenance
+        self.main = jax.process_index() == 0
+        self.progress = progress and self.main
+        self.batches = iter(loader)
+        self.waited = 0.0
+        self.records: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=3)
+
+    def fetch(self) -> tuple[Any, np.ndarray, dict[str, Any]]:
+        """Takes the next batch; returns it on the devices, its records, and the iterator's state after it."""
+        began = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - began
+        return shard_batch(batch, self.mesh), batch["record"], self.loader.get_state()
+
+    def go(self, step: Any, state: TrainState, done: int) -> int:
+        config, total = self.config, self.config.train.steps
+        if done >= total:
+            print(f"train: all {total} steps are done already", file=sys.stderr)
+            return 0
+        self.checkpoints.save_frozen(state.frozen)
+        writer = MetricWriter(self.workdir, done, self.main)
+        bar = progress_bar(total, done, self.progress)
+        following = self.fetch()
+        self.waited, began, logged = 0.0, None, done
+        previous: tuple[int, dict[str, Any]] | None = None
+        first = last = None
+        rates: list[tuple[float, float]] = []
+        with _sigterm() as stop:
+            for number in range(done + 1, total + 1):
+                batch, records, data_state = following
+                self.records.append((number, records))
+                state, metrics = step(state, batch)
+                if number < total:
+                    following = self.fetch()
+                ending = stop.is_set() or number == total
+                saving = ending or number % config.train.checkpoint_every == 0
+                # One step is always in flight; the one before it is looked at, so the device never waits.
+                for at, values in ([previous] if previous else []) + ([(number, metrics)] if saving else []):
+                    self._check(state, values)
+                    if began is None:  # The first step compiles.
+                        began, self.waited, logged = time.perf_counter(), 0.0, at
+                    bar.update(1)
+                    if at == 1 or at % config.train.log_every == 0 or at == total:
+                        row = dict(values)
+                        if at > logged:
+                            seconds = time.perf_counter() - began
+                            row["perf/images_per_s"] = config.train.batch * (at - logged) / seconds
+                            row["perf/tokens_per_s"] = row["perf/images_per_s"] * self._tokens()
+                            row["perf/data_wait"] = self.waited / seconds
+                            rates.append((row["perf/images_per_s"], row["perf/data_wait"]))
+                            began, self.waited, logged = time.perf_counter(), 0.0, at
+                        writer.write(at, row)
+                        last = float(values["loss/total"])
+                        first = last if at == 1 else first
+                        bar.set_postfix_str(f"loss {last:.4f}, data wait {rates[-1][1] if rates else 0:.1%}")
+                previous = None if saving else (number, metrics)
+                if saving:
+                    self.checkpoints.save(number, state, data_state)
+                if ending:
+                    break
+        bar.close()
+        writer.close()
+        self.checkpoints.wait()
+        if self.main:
+            self._summarise(first, last, rates)
+        if number < total:
+            print(f"train: SIGTERM: saved step {number}, stopped", file=sys.stderr)
+            return 143
+        return 0
+
+    def _tokens(self) -> int:
+        return (self.config.student.image_size // self.config.student.patch_size) ** 2 + 1
+
+    def _check(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Stops on a non-finite step; reads only a step that has ended, or the one being saved."""
+        if np.isfinite(float(metrics["loss/total"])) and np.isfinite(float(metrics["optim/gradient_norm"])):
+            return
+        bad = int(state.bad_step) + 1
+        ids = self.loader.ids
+        records = [ids[int(i)] for number, rows in self.records if number == bad for i in rows if i >= 0]
+        kept = Checkpoints(self.workdir, self.config, self.provenance, name="nonfinite")
+        kept.save(bad, state, {"records": records})
+        kept.close()
+        raise NonFiniteError(
+            f"step {bad}: loss {float(metrics['loss/total'])}, gradient norm "
+            f"{float(metrics['optim/gradient_norm'])}; records of its batch: {', '.join(records)}; "
+            f"the state that met it is in {kept.path / str(bad)}"
+        )
+
+    def _summarise(self, first: float | None, last: float | None, rates: list[tuple[float, float]]) -> None:
+        summary: dict[str, float] = {}
+        if first is not None:
+            summary["train/loss/first"] = first
+        if last is not None:
+            summary["train/loss/last"] = last
+        if rates:
+            summary["perf/images_per_s"] = float(np.median([rate for rate, _ in rates]))
+            summary["perf/data_wait"] = float(np.mean([wait for _, wait in rates]))
+        update_summary(self.workdir, summary)
