@@ -60,4 +60,4 @@ def make_optimizer(config: OptimConfig, steps: int, factors: dict[str, float | N
 
 def global_norm(tree: Any) -> jax.Array:
     """Returns the float32 norm of all leaves together."""
-    return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

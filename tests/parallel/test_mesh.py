@@ -1,0 +1,51 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tove_jax.config.schema import MeshConfig
+from tove_jax.errors import InputError
+from tove_jax.parallel import check_replication, make_mesh, shard_batch, tree_shardings
+from tove_jax.parallel.mesh import AXIS_RULES, constrain, partition_spec
+
+
+def test_one_size_may_be_left_to_the_devices():
+    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])
+def test_sizes_that_do_not_fit(sizes):
+    with pytest.raises(InputError, match="mesh"):
+        make_mesh(MeshConfig(*sizes))
+
+
+def test_an_axis_is_left_whole_when_it_does_not_divide_or_is_taken():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    assert partition_spec(("embed", "mlp"), (8, 8), mesh, AXIS_RULES) == PartitionSpec("fsdp", "tensor")
+    assert partition_spec(("embed", "mlp"), (7, 8), mesh, AXIS_RULES) == PartitionSpec(None, "tensor")
+    assert partition_spec(("embed", "embed"), (8, 8), mesh, AXIS_RULES) == PartitionSpec("fsdp", None)
+    with pytest.raises(InputError, match="logical axis 'width'"):
+        partition_spec(("width",), (8,), mesh, AXIS_RULES)
+
+
+def test_big_replicated_arrays_are_named():
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    shapes = {"big": jax.ShapeDtypeStruct((1001, 1000), np.float32), "fine": jax.ShapeDtypeStruct((1000, 1000), np.float32)}
+    specs = {"big": ("embed", None), "fine": ("embed", None)}
+    shardings = tree_shardings(shapes, specs, mesh)
+    tree = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[n]) for n, s in shapes.items()}
+    with pytest.raises(InputError, match=r"(?s)1 arrays.*big \(1001, 1000\): 4.0 MB"):
+        check_replication(tree, mesh, 1.0)
+    check_replication(tree, mesh, 5.0)
+
+
+def test_batches_are_split_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    batch = shard_batch({"x": np.arange(8)}, mesh)
+    assert batch["x"].sharding.shard_shape((8,)) == (2,)
+    np.testing.assert_array_equal(batch["x"], np.arange(8))
+
+
+def test_constrain_is_the_identity_outside_a_mesh():
+    x = np.ones((2, 3))
+    assert constrain(x, ("batch", "embed")) is x
