@@ -1,6 +1,7 @@
-"""EfficientNet-Lite0 (Tan and Le, 2019, arXiv:1905.11946; the Lite variants of the TPU models
-repository): MBConv blocks without squeeze-and-excitation, ReLU6, inference only, with every batch
-norm folded into the convolution before it.
+"""EfficientNet-Lite0, for inference.
+
+Tan and Le, 2019, arXiv:1905.11946, and the Lite variants of the TPU models repository: MBConv
+blocks without squeeze-and-excitation, ReLU6, every batch norm folded into the convolution before it.
 """
 
 from __future__ import annotations
