@@ -1,0 +1,104 @@
+"""An invented run, so that pages are tested without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tove_jax.config.schema import Config
+from tove_jax.report.collect import ExpertFacts, Panel, PictureMaps, RunData, collect
+
+EXPERTS = ("clip", "efficientnet_lite0", "hed", "pp_ocr_det")
+CLASSES = ("Animals & Nature", "Food & Drink", "Objects", "Symbols")
+
+
+def write_files(workdir: Path) -> None:
+    """Writes metrics.jsonl, metrics.json and eval/predictions.json of an invented run."""
+    generator = np.random.default_rng(0)
+    (workdir / "eval").mkdir(parents=True)
+    with open(workdir / "metrics.jsonl", "w") as file:
+        for step in range(10, 1501, 10):
+            fall = float(np.exp(-step / 400))
+            row = {"step": step, "loss/kd": 0.2 + 2 * fall + 0.05 * generator.random(), "loss/balance": 0.36}
+            row["loss/total"] = 0.5 * row["loss/kd"] + 0.01 * row["loss/balance"]
+            shares = generator.dirichlet([30, 40, 20])
+            for name, weight in zip(EXPERTS, (0.8, *(0.2 * shares)), strict=True):
+                row[f"weight/{name}"] = float(weight)
+                row[f"loss/{name}/patches"] = 0.1 + fall * generator.random()
+            for layer in range(4):
+                load = generator.dirichlet(np.array([20, 10 + 8 * layer, 15]))
+                row |= {f"router/load/{layer}/{expert}": float(load[expert]) for expert in range(3)}
+            row |= {"perf/images_per_s": 80 + 5 * generator.random(), "perf/data_wait": 0.01 * generator.random()}
+            if step == 700:
+                row["loss/kd"] = None
+            file.write(json.dumps(row) + "\n")
+    metrics = {"train/loss/first": 1.2, "train/loss/last": 0.11, "eval/majority": 0.241, "eval/classes": 9}
+    metrics |= {"eval/pictures/train": 1312, "eval/pictures/held_out": 441}
+    values = {"pixels": 0.55, "init": 0.46, "student": 0.58, "clip": 0.46, "efficientnet_lite0": 0.65}
+    values |= {"hed": 0.53, "pp_ocr_det": 0.49, "student_minus_init": 0.121, "student_minus_pixels": 0.03}
+    for task, extra in (("knn", 0.0), ("probe", 0.04)):
+        for name, value in values.items():
+            ends = {"": value + extra, "_std": 0.022, "_low": value + extra - 0.045, "_high": value + extra + 0.045}
+            metrics |= {f"eval/{task}/{name}{end}": number for end, number in ends.items()}
+    for name in EXPERTS:
+        metrics[f"eval/feature_error/{name}"] = float(generator.uniform(0.3, 0.8))
+        metrics[f"eval/linear_error/init/{name}"] = 0.8
+        metrics[f"eval/linear_error/student/{name}"] = 0.6
+    metrics |= {"eval/seeds/count": 3, "eval/seeds/knn/student/mean": 0.578, "eval/seeds/knn/student/std": 0.006}
+    (workdir / "metrics.json").write_text(json.dumps(metrics))
+    truth = [CLASSES[index % 4] for index in range(60)]
+    names = ("pixels", "init", "student", *EXPERTS)
+    guesses = {name: [str(label) if generator.random() < 0.6 else "Objects" for label in truth] for name in names}
+    predictions = {"classes": CLASSES, "ids": [f"id{i}" for i in range(60)], "truth": truth, "knn": guesses}
+    (workdir / "eval" / "predictions.json").write_text(json.dumps(predictions))
+
+
+def pictures(count: int = 3) -> tuple[PictureMaps, ...]:
+    """Returns invented pictures with both groups of panels."""
+    generator = np.random.default_rng(1)
+    y, x = np.mgrid[0:192, 0:192]
+    result = []
+    for number in range(count):
+        image = np.stack([x + 20 * number, y, 255 - x], axis=-1).clip(0, 255).astype(np.uint8)
+        image[(x - 96) ** 2 + (y - 96) ** 2 < 2500] = (250, 200, 40)
+        panels = []
+        for name in ("init", "student", "clip"):
+            spot = np.exp(-((x - 60 - 30 * number) ** 2 + (y - 90) ** 2) / 2000)[..., None]
+            panels.append(
+                Panel(f"attention of {name}", "attention", (image * (0.3 + 0.7 * spot)).astype(np.uint8), f"{name} looks", name)
+            )
+        for name in ("init", "student", *EXPERTS):
+            side = 8 if name in ("init", "student", "clip") else 14
+            colours = generator.integers(0, 255, (side, side, 3)).astype(np.uint8)
+            panels.append(Panel(name, "components", colours, f"components of {name}", name))
+        origin = "held-out drawing" if number else "photograph"
+        result.append(PictureMaps(f"p{number}", f"<picture> & number {number}", origin, image, tuple(panels)))
+    return tuple(result)
+
+
+def run(workdir: Path) -> RunData:
+    """Returns a whole invented run, its files written into `workdir`."""
+    write_files(workdir)
+    config = Config(title="Demo on OpenMoji")
+    config = dataclasses.replace(config, student=dataclasses.replace(config.student, image_size=64, width=192, layers=4))
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    facts = tuple(
+        ExpertFacts(name, f"Network {name}", "A. Author, arXiv 0000.00000", "some-package", "a1b2c3d4e5f60718", "Apache-2.0",
+                    "224 px, crop", "7 x 7 x 320 as bf16")
+        for name in EXPERTS
+    )  # fmt: skip
+    return collect(
+        workdir,
+        title="Demo on OpenMoji",
+        experts=EXPERTS,
+        config=plain,
+        defaults=json.loads(json.dumps(dataclasses.asdict(Config()))),
+        facts=facts,
+        pictures_name="openmoji",
+        pictures_licence="CC BY-SA 4.0",
+        provenance={"step": 1500, "weights": {"clip": "0011223344556677"}},
+        pictures=pictures(),
+    )

@@ -1,0 +1,232 @@
+"""Charts as inline SVG, drawn with the page's own colours so that they follow light and dark."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_POINTS = 300
+
+
+class Series(NamedTuple):
+    """One line of a chart.
+
+    Attributes:
+      name: label at its end.
+      colour: a CSS colour, such as ``var(--student)``.
+      steps: x values, ascending.
+      values: y values; None and NaN leave a gap.
+    """
+
+    name: str
+    colour: str
+    steps: Sequence[float]
+    values: Sequence[float | None]
+
+
+class Bar(NamedTuple):
+    """One row of a dot chart: a value with its interval."""
+
+    name: str
+    colour: str
+    value: float
+    low: float
+    high: float
+    strong: bool = False
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Returns round numbers from at most `low` to at least `high`, about `count` of them."""
+    if not high > low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / max(1, count - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(position * step, 12) for position in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """Returns a short form of a number: ``1,000``, ``0.25``, ``3e-05``."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def thin(
+    steps: Sequence[float], values: Sequence[float | None], points: int = _POINTS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Averages neighbouring points so that at most `points` are left; None becomes NaN."""
+    x = np.asarray(steps, np.float64)
+    y = np.array([math.nan if value is None else value for value in values], np.float64)
+    if len(x) <= points:
+        return x, y
+    blocks = np.array_split(np.arange(len(x)), points)
+    means = [float(np.nanmean(y[block])) if np.isfinite(y[block]).any() else math.nan for block in blocks]
+    return np.array([x[block].mean() for block in blocks]), np.array(means)
+
+
+def _svg(width: int, height: int, alt: str, body: Sequence[str], kind: str) -> str:
+    label = html.escape(alt, quote=True)
+    return (
+        f'<svg class="chart {kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{label}" '
+        f'style="--least:{width * 2 // 3}px">' + "".join(body) + "</svg>"
+    )
+
+
+def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "start", style: str = "") -> str:
+    extra = f' style="{style}"' if style else ""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{extra}>{html.escape(words)}</text>'
+    )
+
+
+def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves label positions apart, keeping their order, within [low, high]."""
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    placed = list(wanted)
+    floor = low
+    for index in order:
+        placed[index] = max(placed[index], floor)
+        floor = placed[index] + gap
+    ceiling = high
+    for index in reversed(order):
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed
+
+
+def line_chart(
+    series: Sequence[Series],
+    alt: str,
+    *,
+    width: int = 520,
+    height: int = 250,
+    from_zero: bool = False,
+    logarithmic: bool = False,
+) -> str:
+    """Draws lines over steps, each named at its end.
+
+    Args:
+      series: the lines; longer ones than 300 points are averaged in blocks.
+      alt: what the chart shows, for readers who do not see it.
+      width: of the drawing, CSS pixels at full size.
+      height: of the drawing.
+      from_zero: the value axis starts at zero.
+      logarithmic: base-10 value axis where all values are above zero.
+
+    Returns:
+      An ``<svg>`` element.
+    """
+    lines = [(one, *thin(one.steps, one.values)) for one in series]
+    lines = [(one, x, y) for one, x, y in lines if np.isfinite(y).any()]
+    if not lines:
+        return _svg(width, 60, alt, [_text(width / 2, 34, "no finite values", "tick", "middle")], "line")
+    finite = np.concatenate([y[np.isfinite(y)] for _, _, y in lines])
+    logarithmic = logarithmic and bool((finite > 0).all())
+    scale = np.log10 if logarithmic else np.asarray
+    low, high = (float(value) for value in scale(np.array([finite.min(), finite.max()])))
+    if logarithmic:
+        low, high = math.floor(low * 4) / 4, math.ceil(high * 4) / 4
+        exponents = range(math.floor(low), math.ceil(high) + 1)
+        marks = [m * 10.0**e for e in exponents for m in ((1, 2, 5) if high - low < 2.5 else (1,))]
+        marks = [mark for mark in marks if low - 1e-9 <= math.log10(mark) <= high + 1e-9]
+        if high - low < 1e-9:
+            low, high = low - 0.25, high + 0.25
+    else:
+        marks = ticks(0.0 if from_zero else low, high)
+        low, high = marks[0], marks[-1]
+    start = min(float(x[0]) for _, x, _ in lines)
+    stop = max(float(x[-1]) for _, x, _ in lines)
+    longest = max(len(one.name) for one, _, _ in lines)
+    left, right, top, bottom = 48, min(170, 20 + 7 * longest), 12, 30
+
+    def across(x: float) -> float:
+        return left + (width - left - right) * ((x - start) / (stop - start) if stop > start else 0.5)
+
+    def up(y: float) -> float:
+        return height - bottom - (height - top - bottom) * (y - low) / (high - low)
+
+    body = []
+    for mark in marks:
+        y = up(float(scale(np.array(mark))))
+        body.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        body.append(_text(left - 8, y + 4, number(mark), "tick", "end"))
+    whole = [mark for mark in ticks(start, stop, 5) if start <= mark <= stop]
+    for position, mark in enumerate(whole):
+        words = number(mark) + (" steps" if position == len(whole) - 1 else "")
+        body.append(_text(across(mark), height - 8, words, "tick", "middle"))
+    ends = []
+    for one, x, y in lines:
+        path, pen = [], "M"
+        for step, value in zip(x, y, strict=True):
+            if not math.isfinite(value):
+                pen = "M"
+                continue
+            path.append(f"{pen}{across(step):.1f} {up(float(scale(np.array(value)))):.1f}")
+            pen = "L"
+        body.append(f'<path d="{"".join(path)}" class="line" style="stroke:{one.colour}"/>')
+        last = int(np.flatnonzero(np.isfinite(y))[-1])
+        ends.append((across(float(x[last])), up(float(scale(np.array(y[last]))))))
+    places = _spread([y for _, y in ends], 15, top + 4, height - bottom)
+    for (one, _, _), (x, y), place in zip(lines, ends, places, strict=True):
+        body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{one.colour}"/>')
+        body.append(_text(width - right + 12, place + 4, one.name, "name", style=f"fill:{one.colour}"))
+    return _svg(width, height, alt, body, "line")
+
+
+def dot_chart(rows: Sequence[Bar], alt: str, *, reference: tuple[str, float] | None = None, width: int = 640) -> str:
+    """Draws accuracies (0 to 1) as dots with their 95 % intervals, one row each.
+
+    Args:
+      rows: top to bottom; a strong row is drawn larger.
+      alt: what the chart shows.
+      reference: name and value of a dashed line, such as the commonest label.
+      width: of the drawing.
+
+    Returns:
+      An ``<svg>`` element.
+    """
+    pitch, top, bottom = 34, 12, 34
+    longest = max((len(row.name) for row in rows), default=4)
+    left, right = min(220, 24 + 8 * longest), 64
+    height = top + pitch * len(rows) + bottom
+    lows = [row.low for row in rows] + ([reference[1]] if reference else [])
+    marks = ticks(min(lows, default=0.0), max((row.high for row in rows), default=1.0), 6)
+    marks = [mark for mark in marks if mark <= 1.0 + 1e-9]
+    low, high = marks[0], max(marks[-1], max((row.high for row in rows), default=1.0))
+
+    def across(value: float) -> float:
+        return left + (width - left - right) * (value - low) / (high - low)
+
+    body = []
+    for mark in marks:
+        x = across(mark)
+        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}" class="grid"/>')
+        body.append(_text(x, height - bottom + 18, f"{100 * mark:.0f} %", "tick", "middle"))
+    if reference:
+        x = across(reference[1])
+        body.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}" class="reference">'
+            f"<title>{html.escape(reference[0])}: {100 * reference[1]:.1f} %</title></line>"
+        )
+    for position, row in enumerate(rows):
+        y = top + pitch * (position + 0.5)
+        kind = "name strong" if row.strong else "name"
+        body.append(_text(left - 14, y + 4, row.name, kind, "end"))
+        body.append(
+            f'<g style="stroke:{row.colour};fill:{row.colour}"><title>{html.escape(row.name)}: '
+            f"{100 * row.value:.1f} % ({100 * row.low:.1f} to {100 * row.high:.1f})</title>"
+            f'<line x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" class="whisker"/>'
+            f'<circle cx="{across(row.value):.1f}" cy="{y:.1f}" r="{7 if row.strong else 5}"/></g>'
+        )
+        words = f"{100 * row.value:.1f} %"
+        body.append(_text(width - right + 10, y + 4, words, "value strong" if row.strong else "value"))
+    return _svg(width, height, alt, body, "dots")
