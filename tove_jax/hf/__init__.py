@@ -1,0 +1,1 @@
+"""Hugging Face folders: one rule table an architecture, read in both directions."""

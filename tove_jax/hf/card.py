@@ -1,0 +1,147 @@
+"""The model card of an exported student: what was trained on what, by which experts, with which numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tove_jax.config.schema import Config
+
+
+def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any]) -> str:
+    """Writes README.md of an export.
+
+    Args:
+      config: settings of the run.
+      weights_hash: `tove_jax.files.weights.hash_arrays` of the published arrays.
+      provenance: each of these may be missing:
+        ``step``: optimiser steps taken;
+        ``experts``: list of `tove_jax.experts.base.ExpertCard`, or of mappings with its fields, and
+        optionally ``weights_hash``;
+        ``data``: mapping with ``name``, ``licence``, ``train`` and ``held_out`` (numbers of pictures);
+        ``metrics``: flat names to numbers, as in metrics.json.
+
+    Returns:
+      Markdown with the hub's front matter.
+    """
+    student, method, optim, train = config.student, config.method, config.optim, config.train
+    adapter = student.adapter
+    has_experts = adapter.kind != "none"
+    title = config.title or "Distilled CLIP vision tower"
+    experts = [_fields(expert) for expert in provenance.get("experts") or ()]
+    names = ", ".join(expert.get("title") or expert["name"] for expert in experts) or "no recorded experts"
+    front = ["library_name: transformers", "pipeline_tag: image-feature-extraction"]
+    front += ["tags:", "- clip", "- vision", "- knowledge-distillation", "- tove_jax"]
+    if student.initialize.count("/") == 1 and not student.initialize.startswith((".", "/", "~", "runs/")):
+        front += [f"base_model: {json.dumps(student.initialize)}"]
+    parts = [
+        "---\n" + "\n".join(front) + "\n---",
+        f"# {title}",
+        f"A CLIP vision tower distilled by {method.name} from {names}, with tove_jax.",
+        _usage(config, has_experts),
+        "## Model",
+        _table(
+            ("", ""),
+            [
+                ("image, patch", f"{student.image_size} px, {student.patch_size} px"),
+                (
+                    "layers, width, heads, MLP",
+                    f"{student.layers}, {student.width}, {student.heads}, {student.mlp_width}",
+                ),
+                ("LoRA experts", _adapter_line(config) if has_experts else "none: a plain `CLIPVisionModel`"),
+                ("distilled feature", f"`{student.feature}`, patch tokens"),
+                ("start", f"`{student.initialize}`" if student.initialize else "random weights"),
+                ("weights hash", f"`{weights_hash}`"),
+            ],
+        ),
+        "## Experts",
+        _experts(experts) if experts else "Not recorded.",
+        "## Training",
+        _table(("", ""), _training(config, provenance)),
+        f"Settings: lr {optim.lr:g}, {optim.schedule}, batch {train.batch}, compute in {train.dtype}, seed {train.seed}.",
+        "## Numbers",
+        _numbers(provenance.get("metrics") or {}),
+        "## Check",
+        "`tove verify FOLDER` loads this folder in JAX and, where torch is installed, in transformers, and compares.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fields(expert: Any) -> dict[str, Any]:
+    return dataclasses.asdict(expert) if dataclasses.is_dataclass(expert) else dict(expert)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").strip()
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _usage(config: Config, has_experts: bool) -> str:
+    trust = ", trust_remote_code=True" if has_experts else ""
+    index = config.student.feature.removeprefix("layers/")
+    # transformers counts the embedding as hidden state 0, so only indices from the end agree with ours.
+    index = index if index.startswith("-") else str(int(index) + 1 if index.isdigit() else -2)
+    note = ""
+    if config.student.view.fit in ("pad", "letterbox"):
+        note = (
+            f"\n\nThe student was trained on pictures brought to a square by `{config.student.view.fit}`, which the "
+            "image processor does not do: pad them to a square first."
+        )
+    return (
+        "```python\nfrom transformers import AutoImageProcessor, AutoModel\n\n"
+        f"model = AutoModel.from_pretrained(folder{trust})\n"
+        "processor = AutoImageProcessor.from_pretrained(folder)\n"
+        'outputs = model(**processor(images=picture, return_tensors="pt"), output_hidden_states=True)\n'
+        f"patch_tokens = outputs.hidden_states[{index}][:, 1:]\n```" + note
+    )
+
+
+def _adapter_line(config: Config) -> str:
+    adapter = config.student.adapter
+    place = "beside both linears of each MLP" if adapter.site == "linears" else "beside each MLP"
+    return f"{adapter.experts} of rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.routing} routing, {place}"
+
+
+def _experts(experts: list[dict[str, Any]]) -> str:
+    rows = []
+    for expert in experts:
+        rows.append(
+            (
+                expert.get("title") or expert["name"],
+                expert.get("weights") or "",
+                expert.get("licence") or "not stated",
+                expert.get("paper") or "",
+                f"`{expert['weights_hash'][:16]}`" if expert.get("weights_hash") else "",
+            )
+        )
+    table = _table(("expert", "weights", "licence", "paper", "weights hash"), rows)
+    return table + "\n\nThe licences of the experts and of the pictures may bind what is distilled from them."
+
+
+def _training(config: Config, provenance: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    data = provenance.get("data") or {}
+    pictures = data.get("name") or config.data.source
+    counts = [f"{data[key]} {word}" for key, word in (("train", "trained on"), ("held_out", "held out")) if key in data]
+    trained = [pattern for pattern, factor in config.optim.groups if factor is not None]
+    return [
+        ("pictures", pictures + (f" ({', '.join(counts)})" if counts else "")),
+        ("licence of the pictures", data.get("licence") or "not recorded"),
+        ("method", config.method.name),
+        ("steps", provenance.get("step", config.train.steps)),
+        ("trained parameters", ", ".join(f"`{pattern}`" for pattern in trained)),
+    ]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> str:
+    rows = [
+        (f"`{name}`", f"{value:.4g}" if isinstance(value, float) else value)
+        for name, value in sorted(metrics.items())
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return _table(("metric", "value"), rows) if rows else "None recorded."

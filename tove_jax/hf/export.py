@@ -1,0 +1,213 @@
+"""Writes students as Hugging Face folders that transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tove_jax.config.schema import Config, StudentConfig
+from tove_jax.errors import InputError
+from tove_jax.files.atomic import atomic_folder, atomic_write_bytes, atomic_write_json
+from tove_jax.files.weights import hash_arrays
+from tove_jax.hf import clip, rules
+from tove_jax.hf.card import model_card
+from tove_jax.hf.load import MOLE_MODEL_TYPE
+
+REMOTE_CODE = ("configuration_mole_clip.py", "modeling_mole_clip.py")
+HASH_KEY = "tove_hash"
+_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", *REMOTE_CODE, "__pycache__"}
+_AUTO_MAP = {
+    "AutoConfig": "configuration_mole_clip.MoleCLIPVisionConfig",
+    "AutoModel": "modeling_mole_clip.MoleCLIPVisionModel",
+}
+_FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+
+
+def hf_config(student: StudentConfig) -> dict[str, Any]:
+    """Returns config.json of a student: `CLIPVisionModel`'s, or with LoRA experts our remote code's."""
+    plain = student.adapter.kind == "none"
+    config: dict[str, Any] = {
+        "architectures": ["CLIPVisionModel" if plain else "MoleCLIPVisionModel"],
+        "model_type": "clip_vision_model" if plain else MOLE_MODEL_TYPE,
+        "dtype": "float32",
+        "hidden_size": student.width,
+        "intermediate_size": student.mlp_width,
+        "num_hidden_layers": student.layers,
+        "num_attention_heads": student.heads,
+        "num_channels": 3,
+        "image_size": student.image_size,
+        "patch_size": student.patch_size,
+        "hidden_act": student.activation,
+        "layer_norm_eps": student.norm_epsilon,
+        "attention_dropout": 0.0,
+    }
+    if student.feature.startswith("layers/"):
+        config["vision_feature_layer"] = int(student.feature.split("/")[1])
+    if not plain:
+        config |= {"auto_map": _AUTO_MAP, "adapter": dataclasses.asdict(student.adapter)}
+    return config
+
+
+def hf_preprocessor(student: StudentConfig) -> dict[str, Any]:
+    """Returns preprocessor_config.json: `CLIPImageProcessor`'s fields, equal to the student's view.
+
+    That processor knows ``crop`` and ``squash``; for ``pad`` and ``letterbox`` it is given ``squash``, right
+    for pictures brought to a square beforehand, and ``tove_fit`` says so.
+    """
+    size, view = student.image_size, student.view
+    square = {"height": size, "width": size}
+    crop = view.fit == "crop"
+    fields: dict[str, Any] = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size} if crop else square,
+        "resample": _FILTERS[view.interpolation],
+        "do_center_crop": crop,
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(view.mean),
+        "image_std": list(view.std),
+    }
+    if view.fit in ("pad", "letterbox"):
+        fields["tove_fit"] = view.fit
+    return fields
+
+
+def hf_arrays(student: StudentConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the weights under their published names, float32.
+
+    A plain tower is written with ``vision_model.`` before every name, which transformers of every release
+    loads; with LoRA experts the names are those of our remote code, without it.
+
+    Raises:
+      InputError: parameters that do not fit the settings.
+    """
+    expected = clip.shapes(student)
+    leaves = rules.flatten(params)
+    wrong = [
+        f"{path}: found {tuple(leaves[path].shape) if path in leaves else 'nothing'}, expected {expected.get(path, 'nothing')}"
+        for path in sorted({*expected, *leaves})
+        if path not in expected or path not in leaves or tuple(leaves[path].shape) != expected[path]
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise InputError(f"student parameters do not fit the settings: {'; '.join(wrong[:8])}{more}")
+    arrays = rules.to_arrays({path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}, clip.RULES)
+    prefix = "vision_model." if student.adapter.kind == "none" else ""
+    return {prefix + name: array for name, array in arrays.items()}
+
+
+def remote_code(name: str) -> bytes:
+    """Returns the content of one of `REMOTE_CODE`, as exports carry it."""
+    return (Path(__file__).parent / "remote_code" / name).read_bytes()
+
+
+def export_student(
+    config: Config, params: Mapping[str, Any], folder: Path | str, *, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a student as a Hugging Face folder, whole or not at all.
+
+    Holds config.json, model.safetensors (float32), preprocessor_config.json and README.md. Without LoRA
+    experts it is a plain `CLIPVisionModel`; with them it carries its modelling file, for
+    ``AutoModel.from_pretrained(folder, trust_remote_code=True)``.
+
+    Args:
+      config: settings of the run.
+      params: the student's parameter tree.
+      folder: target; an earlier export there is replaced, any other content is refused.
+      provenance: what the model card tells, see `tove_jax.hf.card.model_card`.
+
+    Raises:
+      InputError: parameters that do not fit, a folder with other files, or one that cannot be written.
+    """
+    _write(config.student, params, Path(folder), lambda hashed: model_card(config, hashed, provenance or {}))
+
+
+def save_start(config: Config, params: Mapping[str, Any], folder: Path | str) -> None:
+    """Writes the student's start as a plain CLIP folder, without LoRA experts.
+
+    The ``clip`` expert and ``student.initialize`` read it with `tove_jax.hf.load.load_clip`.
+
+    Args:
+      config: settings of the run.
+      params: the student's parameter tree; a subtree ``layers/mlp/adapter`` is left out.
+      folder: target, as for `export_student`.
+
+    Raises:
+      InputError: as `export_student`.
+    """
+    leaves = {path: leaf for path, leaf in rules.flatten(params).items() if "/adapter/" not in path}
+
+    def card(hashed: str) -> str:
+        return (
+            "---\nlibrary_name: transformers\n---\n\n"
+            f"# {config.title or 'Student'}: its start\n\nThe CLIP vision tower before distillation, "
+            f"written by tove_jax. Weights hash `{hashed}`.\n"
+        )
+
+    _write(clip.without_adapter(config.student), rules.unflatten(leaves), Path(folder), card)
+
+
+def _write(student: StudentConfig, params: Mapping[str, Any], folder: Path, card: Any) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    if folder.is_dir():
+        strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in _FILES)
+        if strangers:
+            raise InputError(
+                f"{folder}: expected an empty folder or an earlier export, found {', '.join(strangers[:5])}"
+            )
+    arrays = hf_arrays(student, params)
+    hashed = hash_arrays(arrays)
+    with atomic_folder(folder) as temporary:
+        try:
+            save_file(arrays, temporary / "model.safetensors", metadata={"format": "pt", HASH_KEY: hashed})
+        except SafetensorError as error:
+            raise InputError(f"{folder}: cannot be written: {error}") from error
+        atomic_write_json(temporary / "config.json", hf_config(student))
+        atomic_write_json(temporary / "preprocessor_config.json", hf_preprocessor(student))
+        if student.adapter.kind != "none":
+            for name in REMOTE_CODE:
+                atomic_write_bytes(temporary / name, remote_code(name))
+        atomic_write_bytes(temporary / "README.md", card(hashed).encode())
+
+
+def export_mole_encoder(student: StudentConfig, params: Mapping[str, Any], path: Path | str) -> None:
+    """Writes the tower and its LoRA experts under the names of MoVE-KD's released adapter file.
+
+    Args:
+      student: settings, with LoRA experts.
+      params: the student's parameter tree.
+      path: ``.safetensors``, or ``.bin`` where torch is installed (the released file is a ``.bin``).
+
+    Raises:
+      InputError: no LoRA experts, another suffix, ``.bin`` without torch, or a path that cannot be written.
+    """
+    import io
+
+    from safetensors.numpy import save
+
+    path = Path(path)
+    if student.adapter.kind == "none":
+        raise InputError(f"{path}: the student has no LoRA experts, so there is no adapter file to write")
+    arrays = clip.released(hf_arrays(student, params))
+    if path.suffix == ".safetensors":
+        atomic_write_bytes(path, save(arrays, metadata={"format": "pt"}))
+        return
+    if path.suffix != ".bin":
+        raise InputError(f"{path}: expected a name that ends in .safetensors or .bin")
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"{path}: writing .bin needs torch, which is not installed; use .safetensors") from error
+    stream = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, stream)
+    atomic_write_bytes(path, stream.getvalue())

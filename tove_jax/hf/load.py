@@ -1,0 +1,258 @@
+"""Reads Hugging Face folders: any CLIP vision tower, and what `tove export` wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tove_jax.config import door
+from tove_jax.config.schema import AdapterConfig, StudentConfig, ViewConfig
+from tove_jax.errors import InputError
+from tove_jax.files.weights import read_arrays
+from tove_jax.hf import clip, rules
+from tove_jax.models.position import resize_position
+
+MOLE_MODEL_TYPE = "mole_clip_vision_model"
+
+# transformers' defaults, which a config.json may leave out.
+_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_HUB_FILES = ("config.json", "preprocessor_config.json")
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor_config.json stores them
+
+
+def locate(folder_or_hub_id: str | Path) -> Path:
+    """Returns the folder; fetches it first when no such folder exists and the name is a hub id.
+
+    Only here the network may be used, and only through `huggingface_hub`, whose cache and
+    ``HF_HUB_OFFLINE`` apply. Safetensors are preferred; a pickled ``.bin`` is fetched where there is
+    nothing else.
+
+    Raises:
+      InputError: neither a folder nor a hub id, or the hub cannot give it.
+    """
+    folder = Path(folder_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(folder_or_hub_id)
+    if folder.exists() or not _HUB_ID.fullmatch(name):
+        raise InputError(f"{name}: expected a folder with config.json and weights, or a hub id, found neither")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"{name}: no such folder, and as a hub id it needs huggingface_hub, which is not installed"
+        ) from error
+    try:
+        safe = [*_HUB_FILES, "model*.safetensors", "model.safetensors.index.json"]
+        fetched = Path(snapshot_download(name, allow_patterns=safe))
+        if not any(fetched.glob("model*.safetensors")):
+            fetched = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin*"]))
+    except Exception as error:  # the hub client raises many kinds, some of them not exported
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{name}: no such folder, and the hub did not give it: {reason}") from error
+    return fetched
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      InputError: no such file, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_student(folder: Path) -> StudentConfig:
+    """Reads the settings of a vision tower from config.json and preprocessor_config.json.
+
+    Args:
+      folder: with config.json of `CLIPModel`, `CLIPVisionModel` or an exported MoLE student;
+        preprocessor_config.json may be missing, then CLIP's view is assumed.
+
+    Returns:
+      Settings with ``initialize`` empty; ``adapter.kind`` is ``none`` but for an exported MoLE student.
+
+    Raises:
+      InputError: another model type, activation or field that the student cannot have.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    kind = config.get("model_type")
+    if kind == "clip":
+        nested = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+        vision = {**_VISION_DEFAULTS, **nested}
+    elif kind in ("clip_vision_model", MOLE_MODEL_TYPE):
+        vision = {**_VISION_DEFAULTS, **config}
+    else:
+        raise InputError(f"{path}: model_type is {kind!r}, expected clip, clip_vision_model or {MOLE_MODEL_TYPE}")
+    if vision["num_channels"] != 3:
+        raise InputError(f"{path}: num_channels is {vision['num_channels']!r}, expected 3")
+    if vision["hidden_act"] not in ("quick_gelu", "gelu"):
+        raise InputError(f"{path}: hidden_act is {vision['hidden_act']!r}, expected quick_gelu or gelu")
+    adapter: dict[str, Any] = {**dataclasses.asdict(AdapterConfig()), "kind": "none"}
+    if kind == MOLE_MODEL_TYPE:
+        if not isinstance(config.get("adapter"), dict):
+            raise InputError(f"{path}: field adapter is missing, expected the settings of the LoRA experts")
+        adapter = config["adapter"]
+    feature = config.get("vision_feature_layer", -2)
+    values = {
+        **door.thaw(StudentConfig()).to_dict(),
+        "image_size": _side(path, "image_size", vision["image_size"]),
+        "patch_size": _side(path, "patch_size", vision["patch_size"]),
+        "width": vision["hidden_size"],
+        "layers": vision["num_hidden_layers"],
+        "heads": vision["num_attention_heads"],
+        "mlp_width": vision["intermediate_size"],
+        "activation": vision["hidden_act"],
+        "norm_epsilon": vision["layer_norm_eps"],
+        "feature": f"layers/{feature}" if isinstance(feature, int) else "layers/-2",
+        "view": dataclasses.asdict(_read_view(folder / "preprocessor_config.json")),
+        "adapter": adapter,
+    }
+    student = door.freeze(values, StudentConfig, str(path))
+    sizes = ("image_size", "patch_size", "width", "layers", "heads", "mlp_width")
+    if any(getattr(student, name) < 1 for name in sizes):
+        raise InputError(f"{path}: sizes must be positive, found {[getattr(student, n) for n in sizes]}")
+    return student
+
+
+def _side(path: Path, name: str, value: Any) -> Any:
+    if isinstance(value, list) and value:
+        if any(side != value[0] for side in value):
+            raise InputError(f"{path}: {name} is {value}, expected a square")
+        return value[0]
+    return value
+
+
+def _read_view(path: Path) -> ViewConfig:
+    if not path.is_file():
+        return ViewConfig()
+    fields = read_json(path)
+    fit = fields.get("tove_fit") or ("crop" if fields.get("do_center_crop", True) else "squash")
+    default = ViewConfig()
+    values = {
+        "fit": fit,
+        "interpolation": _FILTERS.get(fields.get("resample", 3), "bicubic"),
+        "mean": tuple(fields.get("image_mean") or default.mean),
+        "std": tuple(fields.get("image_std") or default.std),
+    }
+    return door.freeze(values, ViewConfig, str(path))
+
+
+def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) -> tuple[StudentConfig, dict[str, Any]]:
+    """Loads the vision tower of any CLIP checkpoint that transformers would load.
+
+    Args:
+      folder_or_hub_id: folder with config.json and weights (safetensors, shards, or a pickled .bin,
+        read without running code), or a hub id.
+      image_size: wanted side, pixels; position embeddings are resized when it differs.
+
+    Returns:
+      Settings (``initialize`` set to the given name, ``adapter.kind`` none) and the parameter tree,
+      float32.
+
+    Raises:
+      InputError: no such folder, not a CLIP, or a weight missing, unknown or of another shape.
+    """
+    folder = locate(folder_or_hub_id)
+    student = read_student(folder)
+    if student.adapter.kind != "none":
+        raise InputError(f"{folder}: has LoRA experts ({MOLE_MODEL_TYPE}), expected a plain CLIP; use import_student")
+    params = _tree(folder, student, _clip_arrays(folder))
+    student = dataclasses.replace(student, initialize=str(folder_or_hub_id))
+    return _resized(student, params, image_size)
+
+
+def import_student(folder_or_hub_id: str | Path) -> tuple[StudentConfig, dict[str, Any]]:
+    """Brings an exported student back, plain or with LoRA experts, bit for bit.
+
+    Args:
+      folder_or_hub_id: what `tove_jax.hf.export.export_student` wrote, or any CLIP.
+
+    Returns:
+      Settings and the parameter tree, float32.
+
+    Raises:
+      InputError: a weight missing, unknown or of another shape, or a config that does not fit.
+    """
+    folder = locate(folder_or_hub_id)
+    student = read_student(folder)
+    return student, _tree(folder, student, _clip_arrays(folder))
+
+
+def import_mole_encoder(
+    file: str | Path, base: str | Path, *, adapter: AdapterConfig | None = None
+) -> tuple[StudentConfig, dict[str, Any]]:
+    """Reads MoVE-KD's released adapter file (``mole_encoder.bin``) on top of a CLIP folder.
+
+    The number of experts, the rank and the site are read from the file; routing, alpha and dropout
+    are not stored in it.
+
+    Args:
+      file: state dict under the released names; tower weights it holds replace those of `base`.
+      base: CLIP folder or hub id.
+      adapter: routing, alpha, dropout; the released settings when None.
+
+    Returns:
+      Settings and the parameter tree, float32.
+
+    Raises:
+      InputError: as `import_student`.
+    """
+    folder = locate(base)
+    student = read_student(folder)
+    found = clip.canonical(read_arrays(file), str(file))
+    fields = clip.adapter_fields(found, str(file))
+    if fields["kind"] == "none":
+        raise InputError(f"{file}: expected LoRA experts (encoder.layers.0.mlp.moe_down.0.lora_A.weight), found none")
+    student = dataclasses.replace(student, adapter=dataclasses.replace(adapter or AdapterConfig(), **fields))
+    return student, _tree(Path(file), student, {**_clip_arrays(folder), **found})
+
+
+def _clip_arrays(folder: Path) -> dict[str, np.ndarray]:
+    return clip.canonical(read_arrays(folder), str(folder))
+
+
+def _tree(source: Path, student: StudentConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree = rules.to_tree(arrays, clip.RULES, clip.shapes(student), ignore=clip.IGNORE, source=str(source))
+    leaves = rules.flatten(tree)
+    for path, leaf in leaves.items():
+        if leaf.dtype.kind not in "fV":  # ml_dtypes' bfloat16 and float8 are of kind V
+            raise InputError(f"{source}: {path} has dtype {leaf.dtype}, expected floating point")
+    return rules.unflatten({path: leaf.astype(np.float32) for path, leaf in leaves.items()})
+
+
+def _resized(
+    student: StudentConfig, params: dict[str, Any], image_size: int | None
+) -> tuple[StudentConfig, dict[str, Any]]:
+    if image_size is None or image_size == student.image_size:
+        return student, params
+
+    grid = image_size // student.patch_size
+    resized = resize_position(params["position_embed"], grid)
+    return dataclasses.replace(student, image_size=image_size), {**params, "position_embed": resized}

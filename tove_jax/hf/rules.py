@@ -1,0 +1,213 @@
+"""One table an architecture, read in both directions: published array names <-> our parameter tree.
+
+A rule pairs a published name with a path in our tree. Indices in the name are placeholders (``{layer}``,
+``{expert}``): the arrays they count are stacked on leading axes, in the order of the placeholders, and
+the result is brought to our layout by a permutation of axes. A permutation loses nothing, so each rule
+works in both directions and a round trip is exact to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tove_jax.errors import InputError, nearest
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_LISTED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One published name (or a family of them) and the leaf that holds it.
+
+    Attributes:
+      name: published name; ``{word}`` stands for an index.
+      path: our path, joined by ``/``.
+      axes: permutation from (placeholders..., published axes...) to our axes; None keeps them.
+    """
+
+    name: str
+    path: str
+    axes: tuple[int, ...] | None = None
+
+    @functools.cached_property
+    def placeholders(self) -> tuple[str, ...]:
+        """Names of the indices, in the order of the stacked axes."""
+        return tuple(_PLACEHOLDER.findall(self.name))
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Regular expression of the names; indices have no leading zero."""
+        parts = _PLACEHOLDER.split(self.name)
+        return re.compile("".join(r"(0|[1-9]\d*)" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+
+    def stacked_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape (indices..., published axes...) of a leaf of our `shape`."""
+        if self.axes is None:
+            return tuple(shape)
+        stacked = [0] * len(shape)
+        for ours, theirs in enumerate(self.axes):
+            stacked[theirs] = shape[ours]
+        return tuple(stacked)
+
+    def names(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Returns every published name behind a leaf of our `shape`, with its indices."""
+        counts = self.stacked_shape(shape)[: len(self.placeholders)]
+        return {
+            self.name.format(**dict(zip(self.placeholders, index, strict=True))): index
+            for index in itertools.product(*map(range, counts))
+        }
+
+    def to_leaf(self, stacked: np.ndarray) -> np.ndarray:
+        """Permutes a stacked array to our layout, contiguous."""
+        return np.ascontiguousarray(stacked if self.axes is None else stacked.transpose(self.axes))
+
+    def to_stacked(self, leaf: np.ndarray) -> np.ndarray:
+        """Permutes one of our leaves back to (indices..., published axes...)."""
+        return leaf if self.axes is None else leaf.transpose(np.argsort(self.axes))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested mappings by path, joined by ``/``, in sorted order."""
+    leaves: dict[str, Any] = {}
+    for key in sorted(tree):
+        value = tree[key]
+        if isinstance(value, Mapping):
+            leaves.update(flatten(value, f"{prefix}{key}/"))
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dictionaries from paths joined by ``/``."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *folders, last = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = value
+    return tree
+
+
+def to_tree(
+    arrays: Mapping[str, np.ndarray],
+    rules: Sequence[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    ignore: Iterable[str] = (),
+    source: str = "arrays",
+) -> dict[str, Any]:
+    """Brings published arrays into our parameter tree.
+
+    Args:
+      arrays: published name to array.
+      rules: the architecture's table.
+      shapes: every path of the wanted tree with its shape; rules for other paths are not used.
+      ignore: regular expressions of published names that are left out on purpose.
+      source: what the arrays came from, for messages.
+
+    Returns:
+      Nested dictionaries of arrays, dtypes as published.
+
+    Raises:
+      InputError: a published name is missing, not known, or of another shape; all of them are listed.
+      ValueError: the table does not cover the wanted tree (a fault of the table).
+    """
+    by_path = _by_path(rules, shapes)
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, shape in shapes.items():
+        rule = by_path[path]
+        single = rule.stacked_shape(shape)[len(rule.placeholders) :]
+        expected.update(dict.fromkeys(rule.names(shape), single))
+    skip = [re.compile(pattern) for pattern in ignore]
+    known = {name for name in arrays if name in expected}
+    extra = [n for n in arrays if n not in known and not any(pattern.fullmatch(n) for pattern in skip)]
+    missing = [name for name in expected if name not in arrays]
+    wrong = [name for name in expected if name in known and arrays[name].shape != expected[name]]
+    _complain(source, arrays, expected, missing, extra, wrong)
+    leaves = {}
+    for path, shape in shapes.items():
+        rule = by_path[path]
+        parts = [np.asarray(arrays[name]) for name in rule.names(shape)]
+        stacked = np.stack(parts).reshape(rule.stacked_shape(shape)) if rule.placeholders else parts[0]
+        leaves[path] = rule.to_leaf(stacked)
+    return unflatten(leaves)
+
+
+def to_arrays(tree: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
+    """Brings our parameter tree to published names.
+
+    Args:
+      tree: nested dictionaries of arrays, or leaves by path.
+      rules: the architecture's table; rules whose path the tree lacks are not used.
+
+    Returns:
+      Published name to contiguous array, dtypes as in the tree.
+
+    Raises:
+      InputError: a leaf that no rule covers.
+      ValueError: two rules for one path (a fault of the table).
+    """
+    leaves = flatten(tree)
+    known = {rule.path for rule in rules}
+    strangers = [path for path in leaves if path not in known]
+    if strangers:
+        listed = ", ".join(f"{path}{nearest(path, known)}" for path in strangers[:_LISTED])
+        raise InputError(f"parameters: no published name for {len(strangers)} of them: {listed}")
+    by_path = _by_path(rules, leaves)
+    arrays = {}
+    for path, leaf in leaves.items():
+        rule, leaf = by_path[path], np.asarray(leaf)
+        if leaf.ndim < len(rule.placeholders) or (rule.axes is not None and leaf.ndim != len(rule.axes)):
+            raise InputError(f"parameters: {path} has shape {leaf.shape}, which {rule.name} cannot hold")
+        stacked = rule.to_stacked(leaf)
+        for name, index in rule.names(leaf.shape).items():
+            arrays[name] = np.array(stacked[index], order="C")
+    return arrays
+
+
+def _by_path(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
+    by_path: dict[str, Rule] = {}
+    for rule in rules:
+        if rule.path in by_path:
+            raise ValueError(f"two rules for {rule.path}")
+        by_path[rule.path] = rule
+    uncovered = [path for path in paths if path not in by_path]
+    if uncovered:
+        raise ValueError(f"no rule for {uncovered}")
+    return by_path
+
+
+def _complain(
+    source: str,
+    arrays: Mapping[str, np.ndarray],
+    expected: Mapping[str, tuple[int, ...]],
+    missing: list[str],
+    extra: list[str],
+    wrong: list[str],
+) -> None:
+    def listed(names: list[str], describe: Any) -> str:
+        more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        return ", ".join(describe(name) for name in sorted(names)[:_LISTED]) + more
+
+    problems = []
+    if missing:
+        text = listed(missing, lambda n: f"{n} {expected[n]}{nearest(n, extra)}")
+        problems.append(f"{len(missing)} missing: {text}")
+    if extra:
+        text = listed(extra, lambda n: f"{n} {arrays[n].shape}{nearest(n, missing or expected)}")
+        problems.append(f"{len(extra)} not known: {text}")
+    if wrong:
+        text = listed(wrong, lambda n: f"{n} found {arrays[n].shape}, expected {expected[n]}")
+        problems.append(f"{len(wrong)} of another shape: {text}")
+    if problems:
+        raise InputError(f"{source}: weights do not fit the model; " + "; ".join(problems))
