@@ -168,8 +168,9 @@ def test_fields_out_of_range_are_refused(fields: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"size": {"longest_edge": 8}}, "size"), ({}, "size"), ({"size": "8"}, "size"),
-     ({"size": 8, "crop_size": {"height": 8, "width": 9}}, "crop_size"), ({"size": 8, "resample": 0}, "resample"),
-     ({"size": 8, "rescale_factor": 1.0}, "rescale_factor"), ({"size": 8, "do_normalize": False}, "do_normalize")],
+     ({"size": 8, "crop_size": {"height": 8, "width": 9}}, "crop_size"),
+     ({"size": 8, "resample": 0}, "resample"), ({"size": 8, "rescale_factor": 1.0}, "rescale_factor"),
+     ({"size": 8, "do_normalize": False}, "do_normalize")],
 )  # fmt: skip
 def test_preprocessors_no_view_expresses_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=f"p.json: {message}: expected"):

@@ -45,6 +45,7 @@ class ExpertCard:
       has_cls_attention: whether `cls_attention` and `cls_scores` are given.
       backend: ``jax`` runs inside jit; ``host`` is called with NumPy arrays.
       checked_against: the reference implementation whose numbers the tests compare with.
+      parameters: number of weights of the published network, or None where the weights decide it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ExpertCard:
     has_cls_attention: bool = False
     backend: Literal["jax", "host"] = "jax"
     checked_against: str = ""
+    parameters: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Frozen vision experts: how each is loaded and run, and the store of their features."""

@@ -1,0 +1,126 @@
+"""The table of known experts, and how to load one by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tove_jax.errors import InputError, nearest
+from tove_jax.experts import clip, efficientnet_lite, hed, pp_ocr
+from tove_jax.experts.base import Expert, ExpertCard
+
+
+class Entry(NamedTuple):
+    """One registered expert.
+
+    Attributes:
+      card: what is known without loading, as published.
+      loader: ``loader(*, weights: Path | None, **options) -> Expert``.
+      describe: the same arguments, the card of the expert that `loader` would give.
+    """
+
+    card: ExpertCard
+    loader: Callable[..., Expert]
+    describe: Callable[..., ExpertCard]
+
+
+_ENTRIES: dict[str, Entry] = {
+    module.CARD.name: Entry(module.CARD, module.load, module.describe)
+    for module in (clip, efficientnet_lite, hed, pp_ocr)
+}
+
+
+def register(
+    card: ExpertCard, loader: Callable[..., Expert], describe: Callable[..., ExpertCard] | None = None
+) -> None:
+    """Makes a new expert known by ``card.name``.
+
+    Args:
+      card: its card.
+      loader: called as ``loader(weights=path or None, **options)``; its keyword arguments are the
+        options that `load` accepts, `size` among them when the name may carry one.
+      describe: the same arguments, returns the card of the expert as it would be loaded; None:
+        always `card`.
+
+    Raises:
+      InputError: the name is taken, or is no valid folder name.
+    """
+    if not card.name.replace("_", "").replace("-", "").isalnum():
+        raise InputError(f"expert name: expected letters, digits, '_' and '-', found {card.name!r}")
+    if card.name in _ENTRIES:
+        raise InputError(f"expert {card.name}: this name is already registered")
+    _ENTRIES[card.name] = Entry(card, loader, describe or (lambda *, weights=None, **options: card))
+
+
+def cards() -> dict[str, ExpertCard]:
+    """Returns every registered expert's published card, by name, without loading anything."""
+    return {name: entry.card for name, entry in _ENTRIES.items()}
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Splits ``name`` or ``name:size`` into the name and load options.
+
+    Raises:
+      InputError: the name is unknown (the nearest known one is given), or the size no number.
+    """
+    name, colon, size = spec.partition(":")
+    if name not in _ENTRIES:
+        known = ", ".join(_ENTRIES)
+        raise InputError(f"unknown expert '{name}'{nearest(name, _ENTRIES)}; known: {known}")
+    if not colon:
+        return name, {}
+    if not (size.isascii() and size.isdigit()):
+        raise InputError(
+            f"expert '{spec}': expected name or name:size, the size in pixels, found size {size!r}"
+        )
+    return name, {"size": int(size)}
+
+
+def describe(spec: str, *, weights: Path | str | None = None, **options: Any) -> ExpertCard:
+    """Returns the card of the expert that `load` would give, without reading its weights.
+
+    Same arguments and errors as `load`. The `clip` expert's card needs `weights`: its folder's
+    small configuration files are read.
+    """
+    entry, options = _resolve(spec, options)
+    return entry.describe(weights=Path(weights) if weights else None, **options)
+
+
+def load(spec: str, *, weights: Path | str | None = None, **options: Any) -> Expert:
+    """Loads an expert.
+
+    Args:
+      spec: registered name, or ``name:size`` for another input size than the published one
+        (``hed:112``).
+      weights: file or folder of the weights; None finds the published ones in their installed
+        package. The `clip` expert has none of its own and needs a CLIP folder.
+      **options: the loader's own, see its module: `size`, `threads`, `feature`.
+
+    Returns:
+      The expert; its card describes it as loaded, with this size.
+
+    Raises:
+      InputError: unknown name or option, missing package, or weights that do not fit.
+    """
+    entry, options = _resolve(spec, options)
+    return entry.loader(weights=Path(weights) if weights else None, **options)
+
+
+def _resolve(spec: str, options: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
+    name, parsed = parse(spec)
+    if parsed.keys() & options.keys():
+        raise InputError(f"expert '{spec}': the size is given twice")
+    entry = _ENTRIES[name]
+    options = {**parsed, **options}
+    parameters = inspect.signature(entry.loader).parameters
+    known = [
+        key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD and key != "weights"
+    ]
+    if len(known) + ("weights" in parameters) == len(parameters):
+        for option in options:
+            if option not in known:
+                hint = f"{nearest(option, known)}; known: {', '.join(known)}"
+                raise InputError(f"expert {name}: unknown option '{option}'{hint}")
+    return entry, options
