@@ -1,0 +1,465 @@
+"""Extraction: killed anywhere and started again, shared by processes, refused where things would mix.
+
+Run as a script this file is the process that the tests kill; it imports no JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tove_jax.config.schema import Config, DataConfig, FeaturesConfig, StudentConfig
+from tove_jax.data.picture import Picture
+from tove_jax.data.split import split
+from tove_jax.data.view import View
+from tove_jax.errors import InputError
+from tove_jax.experts import extract as module
+from tove_jax.experts import store
+from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
+from tove_jax.experts.extract import chosen_experts, extract, extract_all
+from tove_jax.experts.manifest import FILE_NAME, Manifest
+from tove_jax.experts.store import FeatureStore, verify_store
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT = 41
+OPTIONS = {"shard_records": 6, "batch": 4, "progress": False}
+
+
+class Toys:
+    """Random pictures; `delay` seconds each."""
+
+    name, licence = "toys", "CC0-1.0"
+
+    def __init__(self, count=COUNT, delay=0.0):
+        self.ids = tuple(f"toy {i}" for i in range(count))
+        self.delay = delay
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        time.sleep(self.delay)
+        return Picture(self.ids[index], np.random.default_rng(index).integers(0, 256, (9, 12, 3), np.uint8))
+
+
+def _patches(pixels):
+    values = (pixels.astype("float32") / 255.0 - 0.5).reshape(len(pixels), 2, 4, 2, 12)
+    return values.swapaxes(2, 3).reshape(len(pixels), 2, 2, 48)
+
+
+def _on_host(params, pixels):
+    patches = _patches(pixels)
+    return ExpertFeatures(patches=patches, summary=patches.mean((1, 2)))
+
+
+CARD = ExpertCard("toy", "Toy", "none", "none", "CC0-1.0", View(size=8), (2, 2), 48, summary_width=48, backend="host")
+HOST = Expert(CARD, {}, "h" * 64, _on_host)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _names(manifest: Manifest) -> set[str]:
+    shards = [Path(shard.file) for shard in manifest.shards]
+    return {FILE_NAME, *(shard.name for shard in shards), *(shard.with_suffix(".json").name for shard in shards)}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "toy"
+    extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+    return folder
+
+
+def _spawn(folder: Path, kill_at: int = 0, delay: float = 0.0) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(folder), str(kill_at), str(delay)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+
+
+def _worker(folder: str, kill_at: str, delay: str) -> None:
+    """Extracts; dies by SIGKILL just before the `kill_at`-th thing it asks of the file system."""
+    count, limit = 0, int(kill_at)
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    if limit:
+        for name in ("open", "close", "replace", "fsync", "unlink", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        store.ShardWriter.write = counted(store.ShardWriter.write)
+    print("ready", flush=True)
+    extract(HOST, Toys(delay=float(delay)), range(COUNT), folder, **OPTIONS)
+    print(count, flush=True)
+
+
+def test_an_unbroken_run(unbroken):
+    manifest = Manifest.read(unbroken)
+    assert manifest.complete and len(manifest.shards) == 7
+    assert set(_content(unbroken)) == _names(manifest)
+    reader = FeatureStore.open(unbroken)
+    assert reader.ids == Toys().ids
+    found = reader.features(reader.ids)
+    wanted = _on_host({}, np.stack([CARD.view.cut(Toys()[i].image) for i in range(COUNT)]))
+    np.testing.assert_allclose(found.patches, wanted.patches, rtol=2**-8)
+    np.testing.assert_array_equal(found.summary, wanted.summary)
+    assert manifest.statistics.std == pytest.approx(wanted.patches.std(), rel=1e-5)
+
+
+def test_again_reads_no_picture(unbroken):
+    before = _content(unbroken)
+    source = Toys()
+    assert extract(HOST, source, range(COUNT), unbroken, **OPTIONS).complete
+    assert source.reads == 0 and _content(unbroken) == before
+
+
+def test_killed_at_any_moment_and_started_again(unbroken, tmp_path):
+    """Processes die one after the other, each some steps on; whenever one finishes, its store is compared."""
+    rng = random.Random(0)
+    steps = [1, 2, 4, 8, 12, *(rng.randrange(9, 50) for _ in range(8))]
+    folder, finished, remains = tmp_path / "0", 0, set()
+    for step in [*steps, 0]:
+        worker = _spawn(folder, kill_at=step)
+        worker.communicate(timeout=60)
+        remains |= {path.suffix for path in folder.iterdir()} if folder.exists() else set()
+        if worker.returncode == 0:
+            assert _content(folder) == _content(unbroken)
+            finished += 1
+            folder = tmp_path / str(finished)
+        else:
+            assert worker.returncode == -signal.SIGKILL, step
+    assert finished >= 1
+    assert remains >= {".lock", ".partial", ".tmp"}, "the kills were meant to leave these behind"
+
+
+def test_killed_by_the_clock(unbroken, tmp_path):
+    folder, rng = tmp_path / "toy", random.Random(1)
+    kills = 0
+    for _ in range(4):
+        worker = _spawn(folder, delay=0.004)
+        assert worker.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0.01, 0.06))
+        worker.kill()
+        worker.communicate(timeout=60)
+        kills += worker.returncode == -signal.SIGKILL
+    assert kills >= 2
+    extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+    assert _content(folder) == _content(unbroken)
+
+
+def test_two_processes_share_the_work(unbroken, tmp_path):
+    folder = tmp_path / "toy"
+    workers = [_spawn(folder, delay=0.01) for _ in range(2)]
+    for worker in workers:
+        assert worker.stdout.readline() == b"ready\n"
+    source = Toys(delay=0.01)
+    manifest = extract(HOST, source, range(COUNT), folder, **OPTIONS)
+    for worker in workers:
+        worker.communicate(timeout=60)
+        assert worker.returncode == 0
+    assert manifest.complete and 0 < source.reads < COUNT
+    assert _content(folder) == _content(unbroken)
+
+
+def test_a_shard_is_written_by_one_alone(tmp_path):
+    """Threads stand in for processes: a lock belongs to an open file, not to a process."""
+    folder, sources = tmp_path / "toy", [Toys(delay=0.002) for _ in range(4)]
+    threads = [
+        threading.Thread(target=extract, args=(HOST, source, range(COUNT), folder), kwargs=OPTIONS)
+        for source in sources
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(source.reads for source in sources) == COUNT
+    assert verify_store(folder) == (COUNT, [])
+    assert set(_content(folder)) == _names(Manifest.read(folder))
+
+
+def test_without_waiting_leaves_claimed_shards_to_others(tmp_path):
+    folder = tmp_path / "toy"
+    extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+    manifest = Manifest.read(folder)
+    (folder / manifest.shards[3].file).unlink()
+    with module._claim(folder / "shard-00003-of-00007.lock") as claimed:
+        assert claimed
+        assert not extract(HOST, Toys(), range(COUNT), folder, wait=False, **OPTIONS).complete
+        with pytest.raises(InputError, match="not finished"):
+            FeatureStore.open(folder)
+    source = Toys()
+    assert extract(HOST, source, range(COUNT), folder, **OPTIONS) == manifest
+    assert source.reads == 6
+
+
+def test_damaged_shards_are_written_anew(unbroken, tmp_path):
+    folder = tmp_path / "toy"
+    extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+    (folder / "shard-00001-of-00007.arrayrecord").write_bytes(b"short")
+    (folder / "shard-00005-of-00007.json").write_text("{")
+    source = Toys()
+    extract(HOST, source, range(COUNT), folder, **OPTIONS)
+    assert source.reads == 12
+    assert _content(folder) == _content(unbroken)
+
+
+def test_some_pictures_in_a_given_order(tmp_path):
+    extract(HOST, Toys(), np.array([7, 3, 30]), tmp_path / "toy", **OPTIONS)
+    assert FeatureStore.open(tmp_path / "toy").ids == ("toy 7", "toy 3", "toy 30")
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_jax_expert_equals_the_host_one(codec, tmp_path):
+    import jax.numpy as jnp
+
+    scale = jnp.full((48,), 2.0)
+    calls = []
+
+    def apply(params, pixels):
+        calls.append(pixels.shape)
+        patches = _patches(pixels) * params["scale"]
+        return ExpertFeatures(patches=patches, summary=patches.mean((1, 2)))
+
+    card = dataclasses.replace(CARD, backend="jax")
+    extract(Expert(card, {"scale": scale}, "j", apply), Toys(), range(11), tmp_path / "jax", codec=codec, **OPTIONS)
+    assert calls == [(4, 8, 8, 3)], "padded batches compile once"
+    extract(HOST, Toys(), range(11), tmp_path / "host", codec=codec, **OPTIONS)
+    found, wanted = FeatureStore.open(tmp_path / "jax"), FeatureStore.open(tmp_path / "host")
+    np.testing.assert_allclose(
+        found.features(found.ids).patches, 2 * wanted.features(wanted.ids).patches, rtol=1e-5, atol=1e-6
+    )
+
+
+# What must not be mixed.
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"expert": dataclasses.replace(HOST, weights_hash="g" * 64)}, ["h" * 64, "g" * 64]),
+        ({"view": CARD.view.flipped()}, [CARD.view.key(), CARD.view.flipped().key(), "flip is False"]),
+        ({"codec": "int8"}, ["bf16", "int8"]),
+        ({"expert": dataclasses.replace(HOST, card=dataclasses.replace(CARD, grid=(1, 4)))}, ["(2, 2", "(1, 4"]),
+        ({"indices": range(40)}, ["41 pictures", "40 pictures"]),
+    ],
+)
+def test_refuses_to_continue_something_else(unbroken, change, parts):
+    before = _content(unbroken)
+    given = {"expert": HOST, "indices": range(COUNT), **change}
+    with pytest.raises(InputError) as caught:
+        extract(given.pop("expert"), Toys(), given.pop("indices"), unbroken, **given, **OPTIONS)
+    assert all(part in str(caught.value) for part in [str(unbroken), *parts])
+    assert _content(unbroken) == before
+
+
+def test_refuses_a_view_that_is_not_the_experts(tmp_path):
+    with pytest.raises(InputError, match="its view .* or the mirror"):
+        extract(HOST, Toys(), range(4), tmp_path / "toy", view=View(size=8, fit="pad"), **OPTIONS)
+    assert not (tmp_path / "toy").exists()
+
+
+def test_an_existing_store_keeps_its_shard_size(unbroken):
+    assert extract(HOST, Toys(), range(COUNT), unbroken, **{**OPTIONS, "shard_records": 20}).shard_records == 6
+
+
+# What goes wrong from outside.
+
+
+def _nothing_half_written(folder: Path) -> None:
+    allowed = _names(Manifest.read(folder))
+    names = set(_content(folder))
+    assert names <= allowed
+    assert {name for name in names if name.endswith(".arrayrecord")} == {
+        name.replace(".json", ".arrayrecord") for name in names - {FILE_NAME} if name.endswith(".json")
+    }
+
+
+def test_disk_full_while_a_shard_is_written(tmp_path):
+    """A limit on file size makes the system refuse writes as a full disk does."""
+    folder, limits = tmp_path / "toy", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="shard-00000-of-00007.arrayrecord: cannot be written: .*too large"):
+            extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(_content(folder)) == {FILE_NAME}
+    assert extract(HOST, Toys(), range(COUNT), folder, **OPTIONS).complete
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
+def test_disk_full_at_any_sync(unbroken, tmp_path, monkeypatch, at):
+    folder, real, count = tmp_path / "toy", os.fsync, 0
+
+    def full(handle):
+        nonlocal count
+        count += 1
+        if count == at:
+            raise OSError(28, "No space left on device")
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+    monkeypatch.undo()
+    left = {path.suffix for path in folder.iterdir()}
+    assert left <= {".json", ".arrayrecord"}, left
+    extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+    assert _content(folder) == _content(unbroken)
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/toy.*cannot be written"):
+        extract(HOST, Toys(), range(COUNT), tmp_path / "file" / "toy", **OPTIONS)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_folder_without_the_right_to_write(tmp_path, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(InputError, match="toy.*cannot be written: Permission denied"):
+        extract(HOST, Toys(), range(COUNT), tmp_path / "toy", **OPTIONS)
+    assert list((tmp_path / "toy").iterdir()) == []
+
+
+class _Broken(Toys):
+    def __getitem__(self, index):
+        if index == 9:
+            raise InputError("9.png: truncated")
+        return super().__getitem__(index)
+
+
+class _Shuffled(Toys):
+    def __getitem__(self, index):
+        return super().__getitem__(COUNT - 1 - index)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (_Broken(), "source 'toys', record 'toy 9': 9.png: truncated"),
+        (_Shuffled(), "record 'toy 0': the source gives record 'toy 40' in its place"),
+    ],
+)
+def test_a_picture_that_cannot_be_read(tmp_path, source, message):
+    with pytest.raises(InputError, match=message):
+        extract(HOST, source, range(COUNT), tmp_path / "toy", **OPTIONS)
+    _nothing_half_written(tmp_path / "toy")
+
+
+def _without_summary(params, pixels):
+    return ExpertFeatures(patches=_patches(pixels))
+
+
+def _wide(params, pixels):
+    return ExpertFeatures(np.ones((len(pixels), 2, 2, 49), np.float32), np.ones((len(pixels), 48), np.float32))
+
+
+def _not_finite(params, pixels):
+    features = _on_host(params, pixels)
+    features.patches[2, 0, 1, 5] = np.nan
+    return features
+
+
+@pytest.mark.parametrize(
+    ("apply", "message"),
+    [
+        (_without_summary, "expert 'toy': its card promises .*summary"),
+        (_wide, r"expert 'toy': its card promises .*\(4, 2, 2, 48\).*found .*\(4, 2, 2, 49\)"),
+        (_not_finite, r"record 'toy 2', expert 'toy', patches: expected finite values, found nan at \(0, 1, 5\)"),
+    ],
+)
+def test_features_that_are_not_what_the_card_says(tmp_path, apply, message):
+    with pytest.raises(InputError, match=message):
+        extract(dataclasses.replace(HOST, apply=apply), Toys(), range(COUNT), tmp_path / "toy", **OPTIONS)
+    assert set(_content(tmp_path / "toy")) == {FILE_NAME}
+
+
+@pytest.mark.parametrize("setting", ["batch", "threads", "prefetch"])
+def test_settings_below_one(tmp_path, setting):
+    with pytest.raises(InputError, match=setting):
+        extract(HOST, Toys(), range(4), tmp_path, **{**OPTIONS, setting: 0})
+
+
+# All experts of a config.
+
+
+def _config(**features) -> Config:
+    return Config(
+        student=StudentConfig(),
+        data=DataConfig(flip=True, held_out=0.3),
+        features=FeaturesConfig(**{"experts": ("clip", "toy:8"), "shard_records": 6, "batch": 4, **features}),
+    )
+
+
+def test_every_expert_plain_and_mirrored(tmp_path):
+    asked = []
+
+    def load(spec, *, weights=None):
+        asked.append((spec, weights))
+        return dataclasses.replace(HOST, card=dataclasses.replace(CARD, name=spec.partition(":")[0]))
+
+    stores = extract_all(_config(), tmp_path, source=Toys(), load=load, progress=False)
+    assert asked == [("clip", tmp_path / "start"), ("toy:8", None)]
+    assert stores == {
+        name: [tmp_path / "features" / name, tmp_path / "features" / f"{name}@flip"] for name in ("clip", "toy")
+    }
+    plain, flipped = (FeatureStore.open(path) for path in stores["toy"])
+    sides = split(Toys().ids, 0.3)
+    assert plain.ids == Toys().ids
+    assert flipped.ids == tuple(Toys().ids[i] for i in sides.train) and len(sides.held_out)
+    assert flipped.manifest.view["flip"] and not plain.manifest.view["flip"]
+    id = flipped.ids[0]
+    image = Toys()[Toys().ids.index(id)].image
+    wanted = _patches(CARD.view.cut(image[:, ::-1])[None])
+    np.testing.assert_allclose(flipped.features([id]).patches, wanted, rtol=2**-8)
+    only = extract_all(_config(), tmp_path, experts=["toy"], source=Toys(), load=load, progress=False)
+    assert list(only) == ["toy"]
+
+
+def test_experts_by_name():
+    assert chosen_experts(_config()) == {"clip": "clip", "toy": "toy:8"}
+    assert chosen_experts(_config(), ["toy:8"]) == {"toy": "toy:8"}
+    with pytest.raises(InputError, match="found 'tyo'.*did you mean 'toy'"):
+        chosen_experts(_config(), ["tyo"])
+    with pytest.raises(InputError, match="'toy' is given twice, as 'toy:8' and 'toy:16'"):
+        chosen_experts(_config(experts=("toy:8", "toy:16")))
+
+
+def test_unknown_expert_is_told_before_any_runs(tmp_path):
+    config = _config(experts=("hed", "efficientnet_lite"))
+    with pytest.raises(InputError, match="efficientnet_lite.*did you mean 'efficientnet_lite0'"):
+        extract_all(config, tmp_path / "run", source=Toys(), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])

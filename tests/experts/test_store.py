@@ -1,0 +1,289 @@
+"""The store's reader: what was written comes back, and every kind of damage is told by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from tove_jax.cli import features as command
+from tove_jax.data.picture import Picture
+from tove_jax.data.view import View
+from tove_jax.errors import InputError
+from tove_jax.experts import codecs, store
+from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
+from tove_jax.experts.extract import extract
+from tove_jax.experts.manifest import FILE_NAME, Manifest, Moments
+from tove_jax.experts.store import FeatureStore, ShardWriter, verify_store
+
+COUNT = 23
+
+
+class Toys:
+    """Small random pictures with ids that are not plain ASCII."""
+
+    name, licence = "toys", "CC0-1.0"
+    ids = tuple(f"bär/{i}" for i in range(COUNT))
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        image = np.random.default_rng(index).integers(0, 256, (9, 9, 3), np.uint8)
+        return Picture(self.ids[index], image)
+
+
+def _apply(params, pixels):
+    values = pixels.reshape(len(pixels), 2, 4, 2, 12).swapaxes(2, 3).reshape(len(pixels), 4, 4, 12) / 255.0 - 0.5
+    return ExpertFeatures(patches=values, summary=values.mean((1, 2)))
+
+
+VIEW = View(size=8)
+CARD = ExpertCard("toy", "Toy", "none", "none", "CC0-1.0", VIEW, (4, 4), 12, summary_width=12, backend="host")
+EXPERT = Expert(CARD, {}, "hash of the toy", _apply)
+
+
+def _features(index: int) -> ExpertFeatures:
+    return _apply({}, VIEW.cut(Toys()[index].image)[None])
+
+
+@pytest.fixture(scope="module", params=codecs.CODECS)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "toy"
+    extract(EXPERT, Toys(), range(COUNT), folder, codec=request.param, shard_records=5, batch=3, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sound") / "toy"
+    extract(EXPERT, Toys(), range(COUNT), folder, codec="bf16", shard_records=5, batch=3, progress=False)
+    return folder
+
+
+@pytest.fixture
+def damaged(sound, tmp_path):
+    """A copy of a sound store for the test to damage, its path holding the name `toy`."""
+    return shutil.copytree(sound, tmp_path / "toy")
+
+
+def test_what_was_written_comes_back(folder):
+    reader = FeatureStore.open(folder)
+    assert reader.ids == Toys.ids and len(reader) == COUNT
+    assert "bär/3" in reader and "bear" not in reader
+    for index in np.random.default_rng(0).permutation(COUNT):
+        id = Toys.ids[index]
+        payload = reader.read(id)
+        (wanted,) = codecs.encode_features(reader.manifest.codec, _features(index), [id], "toy")
+        assert list(payload) == list(reader.manifest.arrays)
+        for name, value in wanted.items():
+            assert payload[name].dtype == value.dtype and payload[name].tobytes() == value.tobytes()
+            assert payload[name].shape == value.shape
+
+
+def test_decoded_features_inside_jit(folder):
+    import jax
+
+    reader = FeatureStore.open(folder)
+    ids = reader.ids[4:9]
+    found = jax.jit(lambda payload: codecs.decode_features(reader.manifest, payload))(reader.read_batch(ids))
+    assert found.cls_attention is None
+    for row, index in enumerate(range(4, 9)):
+        wanted = _features(index)
+        np.testing.assert_allclose(found.patches[row], wanted.patches[0], atol=0.05)
+        np.testing.assert_allclose(found.summary[row], wanted.summary[0], rtol=1e-6)
+
+
+def test_threads_and_more_shards_than_stay_open(sound, monkeypatch):
+    monkeypatch.setattr(store, "_OPEN_SHARDS", 2)
+    reader = FeatureStore.open(sound)
+    order = np.random.default_rng(0).integers(0, COUNT, 400)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: reader.read(reader.ids[i])["summary"], order))
+    for index, summary in zip(order, found, strict=True):
+        np.testing.assert_allclose(summary, _features(index).summary[0], rtol=1e-6)
+    assert len(reader._readers) <= 2
+
+
+def test_pickles_small_and_opens_anew(sound):
+    reader = FeatureStore.open(sound, verify=False)
+    reader.read(reader.ids[0])
+    text = pickle.dumps(reader)
+    assert len(text) < 400
+    again = pickle.loads(text)
+    assert again.ids == reader.ids and not again.verify
+    np.testing.assert_array_equal(again.read("bär/7")["summary"], reader.read("bär/7")["summary"])
+
+
+def test_unknown_record(sound):
+    with pytest.raises(InputError, match="no features of record 'bear'"):
+        FeatureStore.open(sound).read("bear")
+
+
+def _shard(folder, number):
+    return folder / f"shard-{number:05d}-of-00005.arrayrecord"
+
+
+def test_missing_shard(damaged):
+    _shard(damaged, 2).unlink()
+    with pytest.raises(InputError, match=r"toy/shard-00002-of-00005.arrayrecord: missing"):
+        FeatureStore.open(damaged)
+    assert verify_store(damaged)[0] == COUNT - 5
+
+
+def test_missing_index(damaged):
+    _shard(damaged, 2).with_suffix(".json").unlink()
+    with pytest.raises(InputError, match=r"toy/shard-00002-of-00005.json: missing"):
+        FeatureStore.open(damaged)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"format": 1, "ids": 3}'])
+def test_index_that_is_none(damaged, text):
+    _shard(damaged, 1).with_suffix(".json").write_text(text)
+    with pytest.raises(InputError, match=r"shard-00001-of-00005.json: not a shard's index"):
+        FeatureStore.open(damaged)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 0.5])
+def test_truncated_shard(damaged, keep):
+    path = _shard(damaged, 4)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep) if keep < 1 else -1])
+    with pytest.raises(InputError, match=rf"shard-00004-of-00005.arrayrecord: expected {len(content)} bytes"):
+        FeatureStore.open(damaged)
+
+
+def _flip_byte(folder, id, offset=3):
+    """Flips a bit in the middle of a record's payload; returns the shard's name."""
+    reader = FeatureStore.open(folder)
+    number, _ = reader._places[id]
+    path = _shard(folder, number)
+    content = bytearray(path.read_bytes())
+    at = content.index(reader.read(id)["patches"].tobytes())
+    content[at + offset] ^= 1
+    path.write_bytes(content)
+    return path.name
+
+
+def test_flipped_byte_names_record_and_shard(damaged):
+    name = _flip_byte(damaged, "bär/12")
+    reader = FeatureStore.open(damaged)
+    with pytest.raises(InputError, match=rf"{name}: record 'bär/12': damaged"):
+        reader.read("bär/12")
+    for id in reader.ids:
+        if id != "bär/12":
+            reader.read(id)
+
+
+class _Corrupting:
+    """A reader whose records differ from the file's, as after a fault that ArrayRecord does not see."""
+
+    def __init__(self, reader, change):
+        self.reader, self.change = reader, change
+
+    def read(self, positions):
+        return [self.change(record) for record in self.reader.read(positions)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "without_crc"),
+    [
+        (lambda r: bytes([r[0] ^ 1]) + r[1:], "damaged: CRC-32", None),
+        (lambda r: r[:-1], "expected .* bytes, found", "expected .* bytes"),
+        (lambda r: r[:-5] + b"9" + r[-4:], "damaged: CRC-32", "another record"),
+    ],
+)
+def test_own_checks(sound, change, message, without_crc):
+    for verify, expected in ((True, message), (False, without_crc)):
+        reader = FeatureStore.open(sound, verify=verify)
+        reader._readers[0] = _Corrupting(reader._reader(0), change)
+        if expected is None:
+            reader.read("bär/1")
+            continue
+        with pytest.raises(InputError, match=f"shard-00000-of-00005.arrayrecord: record 'bär/1': {expected}"):
+            reader.read("bär/1")
+
+
+def test_shard_of_another_expert(damaged, tmp_path):
+    other = tmp_path / "other"
+    foreign = Expert(CARD, {}, "other weights", _apply)
+    extract(foreign, Toys(), range(COUNT), other, codec="bf16", shard_records=5, batch=3, progress=False)
+    for suffix in (".json", ".arrayrecord"):
+        shutil.copy(_shard(other, 1).with_suffix(suffix), _shard(damaged, 1).with_suffix(suffix))
+    with pytest.raises(InputError, match="shard-00001-of-00005.json: another store's shard"):
+        FeatureStore.open(damaged)
+
+
+def test_swapped_shards(damaged):
+    """Same expert, right size, wrong pictures: the index names its file."""
+    for suffix in (".json", ".arrayrecord"):
+        first, second = (_shard(damaged, n).with_suffix(suffix) for n in (0, 1))
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    with pytest.raises(InputError, match="another store's shard: file"):
+        FeatureStore.open(damaged)
+
+
+def test_unfinished_store(damaged):
+    manifest = json.loads((damaged / FILE_NAME).read_text())
+    (damaged / FILE_NAME).write_text(json.dumps({**manifest, "complete": False}))
+    _shard(damaged, 0).with_suffix(".json").unlink()
+    with pytest.raises(InputError, match="not finished, 4 of 5 shards"):
+        FeatureStore.open(damaged)
+
+
+def test_verify_reports_every_fault_by_id(damaged, capsys):
+    for id in ("bär/2", "bär/3", "bär/17"):
+        _flip_byte(damaged, id)
+    sound_records, problems = verify_store(damaged)
+    assert sound_records == COUNT - 3
+    assert len(problems) == 3
+    for id, problem in zip(("bär/2", "bär/3", "bär/17"), problems, strict=True):
+        assert repr(id) in problem
+    assert command.run(types.SimpleNamespace(action="verify", path=damaged.parent, records=4)) == 1
+    assert "'bär/17'" in capsys.readouterr().out
+
+
+def test_verify_sees_bytes_outside_records(damaged):
+    path = _shard(damaged, 0)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"group_size")] ^= 1
+    path.write_bytes(content)
+    _, problems = verify_store(damaged)
+    assert problems and "shard-00000" in problems[0]
+
+
+def test_ls_and_stats(folder, capsys):
+    for action in ("ls", "verify", "stats"):
+        assert command.run(types.SimpleNamespace(action=action, path=folder, records=4)) == 0
+    text = capsys.readouterr().out
+    codec = Manifest.read(folder).codec
+    for part in ("5/5 shards", codec, "patches 4x4x12", "23 sound records, 0 faults", "token norm", "(stored so)"):
+        assert part in text
+    with pytest.raises(InputError, match="expected feature stores"):
+        command.run(types.SimpleNamespace(action="ls", path=folder / "nothing", records=4))
+
+
+def test_writer_refuses_another_shape_and_leaves_nothing(sound, tmp_path):
+    manifest = Manifest.read(sound)
+    good = {name: np.zeros(spec.shape, codecs.dtype_of(spec.dtype)) for name, spec in manifest.arrays.items()}
+    bad = [
+        {**good, "patches": good["patches"][:3]},
+        {**good, "patches": good["patches"].astype(np.float32)},
+        {"patches": good["patches"]},
+        {**good, "more": good["summary"]},
+    ]
+    for payload in bad:
+        with pytest.raises(InputError, match="record 'x', expert 'toy'"), ShardWriter(tmp_path, manifest, 0) as writer:
+            writer.write("y", good)
+            writer.write("x", payload)
+    with pytest.raises(InputError, match="expected 5 records, found 1"), ShardWriter(tmp_path, manifest, 0) as writer:
+        writer.write("y", good)
+        writer.finish(Moments())
+    assert list(tmp_path.iterdir()) == []
