@@ -93,9 +93,7 @@ def reference(case: dict, double: bool = False) -> dict[str, np.ndarray]:
     if double:
         model = model.double()
         arrays = {name: value.double() for name, value in arrays.items()}
-    result = model(
-        pixel_values=arrays["pixels"].permute(0, 3, 1, 2), output_hidden_states=True, output_attentions=True
-    )
+    result = model(pixel_values=arrays["pixels"].permute(0, 3, 1, 2), output_hidden_states=True, output_attentions=True)
     loss = (result.hidden_states[-2] * arrays["token_direction"]).sum()
     loss = loss + (result.pooler_output * arrays["pooled_direction"]).sum()
     loss.backward()

@@ -16,7 +16,7 @@ from tove_jax.errors import InputError
 LOGICAL_AXES = (
     (r"(.*/)?channel/kernel", (None, "embed")),
     (r"(.*/)?channel/bias", ("embed",)),
-    (r"(.*/)?token/kernel", ("tokens", None)),
+    (r"(.*/)?token/kernel", ("teacher", "tokens")),
     (r"(.*/)?token/bias", ("tokens",)),
 )
 

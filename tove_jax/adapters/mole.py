@@ -217,9 +217,7 @@ def _report(probs: jax.Array, choice: jax.Array, reports: frozenset[str]) -> dic
     return found
 
 
-def balance_loss(
-    probs_mean: jax.Array, choice_mean: jax.Array, pool: Literal["all", "layer"] = "all"
-) -> jax.Array:
+def balance_loss(probs_mean: jax.Array, choice_mean: jax.Array, pool: Literal["all", "layer"] = "all") -> jax.Array:
     """Returns the balance loss of each sample, ``sum_e P_e f_e``; 1/E when the load is even.
 
     Args:

@@ -31,9 +31,7 @@ def choose(implementation: Implementation, dtype: jnp.dtype, head_width: int) ->
     return "cudnn" if half and fits and jax.default_backend() == "gpu" else "xla"
 
 
-def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, implementation: Implementation = "auto"
-) -> jax.Array:
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, implementation: Implementation = "auto") -> jax.Array:
     """Softmax attention without a mask, scaled by 1/sqrt(head width); the softmax is float32 at the least.
 
     Args:

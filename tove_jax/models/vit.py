@@ -105,9 +105,7 @@ class Mlp(nn.Module):
         if self.adapter is None:
             return second(act(widen(x))), {}
         experts = self.adapter(name="adapter")
-        return experts(
-            x, widen, act, second, inputs=adapter_inputs, deterministic=deterministic, reports=reports
-        )
+        return experts(x, widen, act, second, inputs=adapter_inputs, deterministic=deterministic, reports=reports)
 
 
 class Block(nn.Module):

@@ -1,0 +1,90 @@
+"""Named settings of a method: what the paper prints, what its authors' code does, what we advise.
+
+Each difference from the released code, which the schema's defaults follow, carries its reason here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from tove_jax.config.schema import AdapterConfig, MoveKDConfig
+from tove_jax.errors import InputError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A method's settings and those of the student's adapters."""
+
+    method: MoveKDConfig
+    adapter: AdapterConfig
+
+
+PAPER = Preset(
+    MoveKDConfig(
+        # W^tok is one softmax of scaled attention scores; the code takes a softmax of probabilities.
+        token_weight_source="scores",
+        # Both softmaxes are printed with 1/sqrt(d).
+        teacher_score_scale="inverse_sqrt_width",
+        # No second softmax is printed.
+        saturation_rule=False,
+        # The printed total is the text loss and 0.5 times the distillation loss.
+        balance_weight=0.0,
+    ),
+    # One expert's output is added to that of the whole feed-forward network.
+    AdapterConfig(site="ffn"),
+)
+
+REFERENCE = Preset(
+    # The code averages over the rows of one process, which drives one device.
+    MoveKDConfig(saturation_scope="device"),
+    AdapterConfig(),
+)
+
+RECOMMENDED = Preset(
+    MoveKDConfig(
+        # A softmax over probabilities is nearly uniform (a patch with 0.3 of the attention gets 1.35
+        # times the rest), so the second term would only double the first.
+        token_weight_source="probs",
+        # Unscaled products of 1024 channels make the softmax a hard choice.
+        teacher_score_scale="inverse_sqrt_width",
+        # With the scale there is little left to saturate, and the rule makes the loss jump.
+        saturation_rule=False,
+        # Otherwise encoder adapters can lower the loss by moving weight to the teacher that is easiest to match.
+        stop_gradient_teacher_weight=True,
+        # Pooled over layers, one layer's idle expert is excused by another layer's busy one.
+        balance_pool="layer",
+        # The features of a black picture teach nothing.
+        kd_on_text_only=False,
+    ),
+    AdapterConfig(
+        # Training starts from CLIP exactly, not from CLIP disturbed by random experts.
+        b_init="zeros",
+        # A balance loss alone can teach even load but not which token suits which expert.
+        router_gradient="straight_through",
+    ),
+)
+
+PRESETS: dict[str, Preset] = {"paper": PAPER, "reference": REFERENCE, "recommended": RECOMMENDED}
+
+
+def apply(settings: ConfigDict, name: str) -> ConfigDict:
+    """Writes a preset into ``settings.method`` and ``settings.student.adapter``.
+
+    Args:
+      settings: a whole run's, as `tove_jax.config.thaw` gives them; changed in place.
+      name: ``paper``, ``reference`` or ``recommended``.
+
+    Returns:
+      The settings.
+
+    Raises:
+      InputError: no such preset.
+    """
+    if name not in PRESETS:
+        raise InputError(f"no preset '{name}'{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    settings.method.update(dataclasses.asdict(preset.method))
+    settings.student.adapter.update(dataclasses.asdict(preset.adapter))
+    return settings
