@@ -357,6 +357,11 @@ class _Broken(Toys):
         return super().__getitem__(index)
 
 
+class _Gone(Toys):
+    def __getitem__(self, index):
+        return open("/nowhere/0.png")
+
+
 class _Shuffled(Toys):
     def __getitem__(self, index):
         return super().__getitem__(COUNT - 1 - index)
@@ -366,6 +371,7 @@ class _Shuffled(Toys):
     ("source", "message"),
     [
         (_Broken(), "source 'toys', record 'toy 9': 9.png: truncated"),
+        (_Gone(), "source 'toys', record 'toy 0': .*No such file.*'/nowhere/0.png'"),
         (_Shuffled(), "record 'toy 0': the source gives record 'toy 40' in its place"),
     ],
 )

@@ -222,7 +222,7 @@ class _Work:
             if picture.id != id:
                 raise InputError(f"the source gives record {picture.id!r} in its place")
             return self.view.cut(picture.image)
-        except InputError as error:
+        except (InputError, OSError) as error:
             raise InputError(f"source {self.source.name!r}, record {id!r}: {error}") from error
 
     def _apply(self, pixels: np.ndarray) -> ExpertFeatures:

@@ -320,32 +320,53 @@ def hash_ids(ids: Sequence[str]) -> str:
 
 
 class Moments:
-    """Running sums behind `Statistics`; adding shards in order gives the same bits every time."""
+    """Running moments behind `Statistics`; adding batches in the same order gives the same bits.
+
+    Batches are merged by their means and summed squared deviations (Chan, Golub and LeVeque 1983),
+    so that a mean far from zero does not drown the deviation.
+    """
 
     def __init__(self) -> None:
         self.values = self.tokens = 0
-        self.total = self.squares = self.norms = 0.0
+        self.mean = self.squares = self.norms = 0.0
         self.low, self.high = math.inf, -math.inf
 
     def add_tokens(self, tokens: np.ndarray) -> None:
-        """Adds tokens (..., D); a batch at a time."""
-        values = np.asarray(tokens, np.float64)
-        if not values.size:
+        """Adds tokens (..., D), finite; a batch at a time."""
+        tokens = np.asarray(tokens, np.float32)
+        if not tokens.size:
             return
-        squares = np.sum(np.square(values), axis=-1)
-        self.values += values.size
-        self.tokens += squares.size
-        self.total += float(values.sum())
-        self.squares += float(squares.sum())
-        self.norms += float(np.sqrt(squares).sum())
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+        low, high = float(tokens.min()), float(tokens.max())
+        # Single precision inside a token is enough and an order faster, but for values whose squares overflow.
+        if max(-low, high) > 1e15:
+            tokens = tokens.astype(np.float64)
+        mean = float(tokens.sum(-1).sum(dtype=np.float64)) / tokens.size
+        deviations = tokens - tokens.dtype.type(mean)
+        lengths = np.sqrt(np.einsum("...d,...d->...", tokens, tokens), dtype=np.float64)
+        self.add(
+            {
+                "values": tokens.size,
+                "tokens": lengths.size,
+                "mean": mean,
+                "squares": float(np.einsum("...d,...d->...", deviations, deviations).sum(dtype=np.float64)),
+                "norms": float(lengths.sum()),
+                "low": low,
+                "high": high,
+            }
+        )
 
     def add(self, state: Mapping[str, Any]) -> None:
         """Adds what another one's `state` gave."""
-        for name in ("values", "tokens", "total", "squares", "norms"):
-            setattr(self, name, getattr(self, name) + state[name])
-        if state["values"]:
-            self.low, self.high = min(self.low, state["low"]), max(self.high, state["high"])
+        if not state["values"]:
+            return
+        values = self.values + state["values"]
+        shift = state["mean"] - self.mean
+        self.squares += state["squares"] + shift * shift * (self.values * state["values"] / values)
+        self.mean += shift * (state["values"] / values)
+        self.values = values
+        self.tokens += state["tokens"]
+        self.norms += state["norms"]
+        self.low, self.high = min(self.low, state["low"]), max(self.high, state["high"])
 
     def state(self) -> dict[str, Any]:
         """Returns the sums, JSON-ready."""
@@ -358,9 +379,8 @@ class Moments:
         """Returns the moments; zeros when nothing was added."""
         if not self.values:
             return Statistics(0.0, 0.0, 0.0, 0.0, 0.0)
-        mean = self.total / self.values
-        variance = max(0.0, self.squares / self.values - mean * mean)
-        return Statistics(mean, math.sqrt(variance), self.norms / self.tokens, self.low, self.high)
+        deviation = math.sqrt(self.squares / self.values)
+        return Statistics(self.mean, deviation, self.norms / self.tokens, self.low, self.high)
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
