@@ -40,9 +40,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror}; data.cache names another folder"
-        ) from error
+        raise InputError(f"{path}: cannot be written: {error.strerror}; data.cache names another folder") from error
     try:
         with contextlib.suppress(ImportError, OSError):
             import fcntl

@@ -51,8 +51,7 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         raise InputError(f"picture {name}: expected sides of at least one pixel, found {width} x {height}")
     if width * height > max_pixels:
         raise InputError(
-            f"picture {name}: expected at most {max_pixels:,} pixels, found {width} x {height} = "
-            f"{width * height:,}"
+            f"picture {name}: expected at most {max_pixels:,} pixels, found {width} x {height} = {width * height:,}"
         )
     try:
         picture.load()

@@ -29,7 +29,7 @@ _PHOTOGRAPHS = (
     _Photograph("hubble_deep_field.jpg", "space", "galaxies in the deep field", "public domain (NASA)"),
     _Photograph("retina.jpg", "medicine", "the retina of an eye", "CC0 (Mikael Häggström)"),
     _Photograph("ihc.png", "medicine", "stained colonic glands", "no known restrictions (CMMI)"),
-    _Photograph("text.png", "text", "a line of handwritten text", "public domain"),
+    _Photograph("text.png", "text", "handwritten formulas on paper", "public domain"),
     _Photograph("brick.png", "textures", "a brick wall", "CC0 (CC0Textures)"),
     _Photograph("grass.png", "textures", "grass", "CC0"),
     _Photograph("gravel.png", "textures", "gravel", "CC0 (CC0Textures)"),

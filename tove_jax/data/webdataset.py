@@ -165,9 +165,7 @@ def _index_tar(path: Path) -> _TarIndex:
 
 def _cached_index(path: Path, cache: Path) -> _TarIndex:
     state = path.stat()
-    key = content_key(
-        version=_INDEX_VERSION, path=str(path.resolve()), size=state.st_size, time=state.st_mtime_ns
-    )
+    key = content_key(version=_INDEX_VERSION, path=str(path.resolve()), size=state.st_size, time=state.st_mtime_ns)
     kept = cache / "tar-index" / f"{key}.json"
     fields = [field.name for field in dataclasses.fields(_TarIndex)]
     try:

@@ -1,0 +1,313 @@
+"""Batches of pictures and expert features, by Grain: shuffled, sliced by process, resumable.
+
+The global order is a function of the seed and the step alone. Each process reads its slice of every
+global batch, so the content of a batch does not depend on the number of processes, and the state of
+an iterator (the number of batches it has given) is the same in all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from tove_jax.data.picture import PictureSource
+from tove_jax.data.view import View
+from tove_jax.errors import InputError
+
+CACHE_LIMIT = 256 * 2**20
+"""Bytes up to which the student's cut pixels are kept when `cache_pixels` is left open; ours."""
+PREFETCH_LIMIT = 2**30
+"""Bytes of ready batches above which fewer are kept ready than asked for; ours."""
+
+Batch = dict[str, Any]
+
+
+class FeatureReader(Protocol):
+    """Features of one expert by picture id; safe to read from several threads."""
+
+    def __contains__(self, id: str) -> bool: ...
+
+    def read(self, id: str) -> dict[str, np.ndarray]: ...
+
+
+def _mix(*numbers: int) -> int:
+    """Returns 32 bits from whole numbers, well mixed."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
+
+
+class _Features:
+    """One expert's reader with the shape and dtype that every record must have."""
+
+    def __init__(self, expert: str, reader: FeatureReader, ids: Sequence[str]):
+        self.expert, self.reader = expert, reader
+        missing = [id for id in ids if id not in reader]
+        if missing:
+            examples = ", ".join(repr(id) for id in missing[:3])
+            raise InputError(
+                f"features of expert {expert!r}: expected all {len(ids)} pictures, {len(missing)} are missing, "
+                f"such as {examples}"
+            )
+        self.spec = {key: (value.shape, value.dtype) for key, value in reader.read(ids[0]).items()}
+
+    def read_into(self, arrays: dict[str, np.ndarray], row: int, id: str) -> None:
+        record = self.reader.read(id)
+        if {key: (value.shape, value.dtype) for key, value in record.items()} != self.spec:
+            found = {key: (value.shape, str(value.dtype)) for key, value in record.items()}
+            wanted = {key: (shape, str(dtype)) for key, (shape, dtype) in self.spec.items()}
+            raise InputError(f"features of expert {self.expert!r}, picture {id!r}: expected {wanted}, found {found}")
+        for key, value in record.items():
+            arrays[key][row] = value
+
+
+class _Pixels:
+    """The student's cut pixels of each picture, plain and mirrored, kept in memory when asked to."""
+
+    def __init__(self, source: PictureSource, indices: np.ndarray, view: View, *, keep: bool, sides: int):
+        self.source, self.indices, self.views = source, indices, (view, view.flipped())[:sides]
+        self.keep = keep
+        # Plain zeros: the system gives the pages out as they are written.
+        shape = (sides, len(indices) if keep else 0)
+        self.kept = np.zeros((*shape, view.size, view.size, 3), np.uint8)
+        self.done = np.zeros(shape, bool)
+
+    def read(self, position: int, side: int) -> np.ndarray:
+        if self.keep and self.done[side, position]:
+            return self.kept[side, position]
+        image = self.source[int(self.indices[position])].image
+        if not self.keep:
+            return self.views[side].cut(image)
+        # Both sides at once: decoding costs more than cutting. Two threads may do the same; they write the same.
+        for number, view in enumerate(self.views):
+            self.kept[number, position] = view.cut(image)
+            self.done[number, position] = True
+        return self.kept[side, position]
+
+    def __getstate__(self) -> dict[str, Any]:
+        empty = np.zeros((len(self.views), len(self.indices)), bool)
+        return {**self.__dict__, "kept": np.zeros_like(self.kept), "done": empty} if self.keep else self.__dict__
+
+
+class _Assemble:
+    """Makes the local slice of one global batch from its step number."""
+
+    def __init__(
+        self,
+        order: grain.MapDataset,
+        total: int,
+        batch: int,
+        rows: range,
+        indices: np.ndarray,
+        ids: list[str],
+        pixels: _Pixels,
+        features: tuple[dict[str, _Features], ...],
+        seed: int,
+    ):
+        self.order, self.total, self.batch, self.rows = order, total, batch, rows
+        self.indices, self.ids, self.pixels, self.features, self.seed = indices, ids, pixels, features, seed
+
+    def side(self, epoch: int, position: int) -> int:
+        """Returns 0 for the plain and 1 for the mirrored picture."""
+        return 0 if len(self.features) == 1 else _mix(self.seed, epoch, int(self.indices[position]), 1) & 1
+
+    def __call__(self, step: int) -> Batch:
+        rows, size = len(self.rows), self.pixels.views[0].size
+        pixels = np.empty((rows, size, size, 3), np.uint8)
+        mask = np.zeros(rows, bool)
+        record = np.full(rows, -1, np.int32)
+        arrays = {
+            expert: {key: np.empty((rows, *shape), dtype) for key, (shape, dtype) in one.spec.items()}
+            for expert, one in self.features[0].items()
+        }
+        for row, place in enumerate(self.rows):
+            place += step * self.batch
+            if place >= self.total:
+                for array in (pixels, *(array for payload in arrays.values() for array in payload.values())):
+                    array[row] = 0
+                continue
+            epoch, position = self.order[place]
+            side = self.side(epoch, position)
+            pixels[row] = self.pixels.read(position, side)
+            for expert, one in self.features[side].items():
+                one.read_into(arrays[expert], row, self.ids[position])
+            mask[row] = True
+            record[row] = self.indices[position]
+        return {"pixels": pixels, "features": arrays, "mask": mask, "record": record}
+
+
+class _Numbered:
+    """Puts the epoch beside each position; a class, so that it can be pickled."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(self, index: int, position: int) -> tuple[int, int]:
+        return index // self.count, position
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Batches of this process; `iter` gives a Grain iterator.
+
+    Such an iterator has ``get_state()`` and ``set_state(state)``, goes into an Orbax checkpoint by
+    ``grain.checkpoint.CheckpointSave(iterator)``, and after restoring gives the batches that the
+    saved one would have given. Its state is the number of batches given, the same in every process
+    and for every process count. ``close()`` it.
+
+    Attributes:
+      dataset: the Grain dataset.
+      steps: batches until the end, or None when it repeats for ever.
+      batch: rows of a global batch.
+      local_batch: rows of this process's slice.
+      pictures: pictures an epoch.
+      batch_bytes: size of one local batch.
+      prefetch: batches kept ready.
+    """
+
+    dataset: grain.IterDataset
+    steps: int | None
+    batch: int
+    local_batch: int
+    pictures: int
+    batch_bytes: int
+    prefetch: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Returns a Grain iterator at the first batch."""
+        return iter(self.dataset)
+
+
+def make_loader(
+    source: PictureSource,
+    indices: np.ndarray,
+    view: View,
+    readers: Mapping[str, FeatureReader],
+    *,
+    batch: int,
+    seed: int = 0,
+    flip_readers: Mapping[str, FeatureReader] | None = None,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    drop_remainder: bool = False,
+    threads: int = 2,
+    prefetch: int = 16,
+    process_index: int = 0,
+    process_count: int = 1,
+    cache_pixels: bool | None = None,
+) -> Loader:
+    """Makes the loader of one process.
+
+    A batch of the iterator is a dict of NumPy arrays, b = batch / process_count rows:
+    ``pixels`` uint8 (b, size, size, 3), the student's cut, not normalised; ``features``
+    {expert: payload with a leading b}; ``mask`` bool (b,), False for rows that only fill the last
+    batch (zeros, record -1); ``record`` int32 (b,), index into ``source.ids``. Features are found by
+    picture id. Row r of process p is row ``p * b + r`` of the global batch.
+
+    With `flip_readers` each picture of each epoch is, by a hash of seed, epoch and record, plain or
+    mirrored: then the student's pixels and all experts' features are those of the mirrored picture.
+
+    Training: ``shuffle=True, epochs=None``; another order each epoch, batches cross from one epoch
+    into the next. Evaluation: ``shuffle=False, epochs=1``.
+
+    Args:
+      source: pictures.
+      indices: int (n,), which of the source's records, without repetition.
+      view: the student's.
+      readers: features by expert.
+      batch: global batch, a multiple of `process_count`.
+      seed: of order and flips.
+      flip_readers: features of the mirrored pictures, the same experts; None: never mirror.
+      shuffle: else in the order of `indices`.
+      epochs: times over the pictures; None: without end.
+      drop_remainder: leave an incomplete last batch out instead of filling it up.
+      threads: that read, decode and copy.
+      prefetch: batches kept ready; fewer when they would take over a GiB, but two at least.
+      process_index, process_count: this process among all.
+      cache_pixels: keep cut pixels in memory, so that each picture is decoded once; None: when they
+        take no more than 256 MiB.
+
+    Returns:
+      The loader.
+
+    Raises:
+      InputError: no pictures; sizes that do not fit; features that are missing (naming the expert, how
+        many ids and examples); while iterating, a picture that cannot be decoded or a record of
+        another shape.
+    """
+    indices = np.asarray(indices)
+    if len(indices) == 0:
+        raise InputError("loader: expected pictures, found none: this side of the split is empty")
+    if batch <= 0 or process_count <= 0 or batch % process_count:
+        raise InputError(f"train.batch: expected a positive multiple of {process_count} processes, found {batch}")
+    if not 0 <= process_index < process_count:
+        raise InputError(f"loader: expected a process below {process_count}, found {process_index}")
+    if epochs is not None and epochs <= 0:
+        raise InputError(f"loader: expected one epoch or more, found {epochs}")
+    if threads <= 0 or prefetch <= 0:
+        raise InputError(f"data.threads and data.prefetch: expected 1 or more, found {threads} and {prefetch}")
+    if indices.min() < 0 or indices.max() >= len(source):
+        raise InputError(f"loader: expected indices below {len(source)}, found {indices.min()} to {indices.max()}")
+    ids = [source.ids[int(index)] for index in indices]
+    if len(set(ids)) != len(ids):
+        raise InputError("loader: expected each picture once, found an id twice")
+    features = [{expert: _Features(expert, reader, ids) for expert, reader in readers.items()}]
+    if flip_readers is not None:
+        if set(flip_readers) != set(readers):
+            raise InputError(f"mirrored features: expected the experts {sorted(readers)}, found {sorted(flip_readers)}")
+        mirrored = {expert: _Features(f"{expert}@flip", flip_readers[expert], ids) for expert in readers}
+        for expert, one in mirrored.items():
+            if one.spec != features[0][expert].spec:
+                raise InputError(
+                    f"features of expert {one.expert!r}: expected {features[0][expert].spec} as in {expert!r}, "
+                    f"found {one.spec}"
+                )
+        features.append(mirrored)
+
+    count, local, sides = len(indices), batch // process_count, len(features)
+    picture_bytes = view.size * view.size * 3
+    keep = count * sides * picture_bytes <= CACHE_LIMIT if cache_pixels is None else cache_pixels
+    # Grain seeds epoch e with seed + e: mixing first keeps neighbouring seeds from sharing orders.
+    order = grain.MapDataset.range(count).map_with_index(_Numbered(count))
+    if shuffle:
+        order = order.shuffle(seed=_mix(seed))
+    order = order.repeat(epochs)
+    total = sys.maxsize if epochs is None else count * epochs
+    if epochs is None:
+        steps = None
+    else:
+        steps = total // batch if drop_remainder else -(-total // batch)
+        if steps == 0:
+            raise InputError(f"loader: expected {batch} pictures or more for a whole batch, found {total}")
+    assemble = _Assemble(
+        order,
+        total,
+        batch,
+        range(process_index * local, (process_index + 1) * local),
+        indices.astype(np.int32),
+        ids,
+        _Pixels(source, indices, view, keep=keep, sides=sides),
+        tuple(features),
+        seed,
+    )
+    record_bytes = picture_bytes + sum(
+        int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for one in features[0].values()
+        for shape, dtype in one.spec.values()
+    )
+    ready = min(prefetch, max(2, PREFETCH_LIMIT // (local * record_bytes)))
+    dataset = grain.MapDataset.range(sys.maxsize // batch if steps is None else steps).map(assemble)
+    return Loader(
+        dataset=dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ready)),
+        steps=steps,
+        batch=batch,
+        local_batch=local,
+        pictures=count,
+        batch_bytes=local * record_bytes,
+        prefetch=ready,
+    )
