@@ -31,7 +31,10 @@ def write_files(workdir: Path) -> None:
             for layer in range(4):
                 load = generator.dirichlet(np.array([20, 10 + 8 * layer, 15]))
                 row |= {f"router/load/{layer}/{expert}": float(load[expert]) for expert in range(3)}
-            row |= {"perf/images_per_s": 80 + 5 * generator.random(), "perf/data_wait": 0.01 * generator.random()}
+            row |= {
+                "perf/images_per_s": 80 + 5 * generator.random(),
+                "perf/data_wait": 0.01 * generator.random(),
+            }
             if step == 700:
                 row["loss/kd"] = None
             file.write(json.dumps(row) + "\n")
@@ -41,18 +44,36 @@ def write_files(workdir: Path) -> None:
     values |= {"hed": 0.53, "pp_ocr_det": 0.49, "student_minus_init": 0.121, "student_minus_pixels": 0.03}
     for task, extra in (("knn", 0.0), ("probe", 0.04)):
         for name, value in values.items():
-            ends = {"": value + extra, "_std": 0.022, "_low": value + extra - 0.045, "_high": value + extra + 0.045}
+            ends = {
+                "": value + extra,
+                "_std": 0.022,
+                "_low": value + extra - 0.045,
+                "_high": value + extra + 0.045,
+            }
             metrics |= {f"eval/{task}/{name}{end}": number for end, number in ends.items()}
     for name in EXPERTS:
         metrics[f"eval/feature_error/{name}"] = float(generator.uniform(0.3, 0.8))
         metrics[f"eval/linear_error/init/{name}"] = 0.8
         metrics[f"eval/linear_error/student/{name}"] = 0.6
-    metrics |= {"eval/seeds/count": 3, "eval/seeds/knn/student/mean": 0.578, "eval/seeds/knn/student/std": 0.006}
+    metrics |= {
+        "eval/seeds/count": 3,
+        "eval/seeds/knn/student/mean": 0.578,
+        "eval/seeds/knn/student/std": 0.006,
+    }
     (workdir / "metrics.json").write_text(json.dumps(metrics))
     truth = [CLASSES[index % 4] for index in range(60)]
     names = ("pixels", "init", "student", *EXPERTS)
-    guesses = {name: [str(label) if generator.random() < 0.6 else "Objects" for label in truth] for name in names}
-    predictions = {"classes": CLASSES, "ids": [f"id{i}" for i in range(60)], "truth": truth, "knn": guesses}
+    guesses = {
+        name: [str(label) if generator.random() < 0.6 else "Objects" for label in truth] for name in names
+    }
+    predictions = {
+        "classes": CLASSES,
+        "ids": [f"id{i}" for i in range(60)],
+        "truth": [CLASSES.index(label) for label in truth],
+    }
+    predictions["knn"] = {
+        name: [CLASSES.index(label) for label in labels] for name, labels in guesses.items()
+    }
     (workdir / "eval" / "predictions.json").write_text(json.dumps(predictions))
 
 
@@ -68,7 +89,13 @@ def pictures(count: int = 3) -> tuple[PictureMaps, ...]:
         for name in ("init", "student", "clip"):
             spot = np.exp(-((x - 60 - 30 * number) ** 2 + (y - 90) ** 2) / 2000)[..., None]
             panels.append(
-                Panel(f"attention of {name}", "attention", (image * (0.3 + 0.7 * spot)).astype(np.uint8), f"{name} looks", name)
+                Panel(
+                    f"attention of {name}",
+                    "attention",
+                    (image * (0.3 + 0.7 * spot)).astype(np.uint8),
+                    f"{name} looks",
+                    name,
+                )
             )
         for name in ("init", "student", *EXPERTS):
             side = 8 if name in ("init", "student", "clip") else 14
@@ -83,7 +110,9 @@ def run(workdir: Path) -> RunData:
     """Returns a whole invented run, its files written into `workdir`."""
     write_files(workdir)
     config = Config(title="Demo on OpenMoji")
-    config = dataclasses.replace(config, student=dataclasses.replace(config.student, image_size=64, width=192, layers=4))
+    config = dataclasses.replace(
+        config, student=dataclasses.replace(config.student, image_size=64, width=192, layers=4)
+    )
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     facts = tuple(
         ExpertFacts(name, f"Network {name}", "A. Author, arXiv 0000.00000", "some-package", "a1b2c3d4e5f60718", "Apache-2.0",

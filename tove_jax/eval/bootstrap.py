@@ -52,7 +52,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray, resamples: int, *, 
     Pictures are resampled as pairs, so what makes a picture hard for both cancels.
 
     Args:
-      first, second: (n,) in the same order of pictures.
+      first: (n,) one value a picture.
+      second: (n,) of the same pictures in the same order.
       resamples: as in `bootstrap_mean`.
       seed: of the draws.
 

@@ -20,6 +20,7 @@ class TokenError:
     """
 
     def __init__(self) -> None:
+        """Starts with no pictures."""
         self.pictures = 0
         self._squared = 0.0
         self._origin: np.ndarray | None = None

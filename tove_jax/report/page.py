@@ -107,7 +107,7 @@ def _tiles(run: RunData) -> list[Tile]:
     tiles.append(Tile("Student", percent("eval/knn/student"), note, "var(--student)", True))
     if gain in metrics:
         note = (
-            f"points; 95 %: {100 * metrics[f'{gain}_low']:+.1f} to {100 * metrics[f'{gain}_high']:+.1f}"
+            f"points, {100 * metrics[f'{gain}_low']:+.1f} to {100 * metrics[f'{gain}_high']:+.1f}"
             if f"{gain}_low" in metrics
             else "points"
         )
@@ -159,10 +159,10 @@ def _categories(run: RunData) -> dict[str, Any] | None:
     answers = {name: np.array(values) for name, values in kept["knn"].items()}
     names = [name for name in _networks(run, "knn") if name in answers]
     rows = []
-    for label in kept["classes"]:
-        here = truth == label
+    for number, label in enumerate(kept["classes"]):
+        here = truth == number
         if here.any():
-            values = [float((answers[name][here] == label).mean()) for name in names]
+            values = [float((answers[name][here] == number).mean()) for name in names]
             rows.append({"label": label, "count": int(here.sum()), "values": values})
     rows.sort(key=lambda row: -row["count"])
     heads = [{"name": display_name(name), "colour": colour(name, run.experts)} for name in names]
@@ -184,7 +184,9 @@ def _charts(run: RunData) -> dict[str, str]:
     keys = dict.fromkeys(key for row in run.history for key in row if key != "step")
     charts = {}
 
-    def add(name: str, found: Mapping[str, str], colours: Mapping[str, str], alt: str, **options: Any) -> None:
+    def add(
+        name: str, found: Mapping[str, str], colours: Mapping[str, str], alt: str, **options: Any
+    ) -> None:
         series = _series(run, found, colours)
         if series:
             charts[name] = plots.line_chart(series, alt, **options)
@@ -203,11 +205,9 @@ def _charts(run: RunData) -> dict[str, str]:
     found = {f"weight/{name}": display_name(name) for name in run.experts if f"weight/{name}" in keys}
     by_expert = {f"weight/{name}": colour(name, run.experts) for name in run.experts}
     add("weights", found, by_expert, "Weight of each expert in the loss over steps.", from_zero=True)
-    for name, key, alt in (
-        ("rate", "perf/images_per_s", "Pictures trained a second over steps."),
-        ("wait", "perf/data_wait", "Share of the step spent waiting for data, over steps."),
-    ):
-        add(name, {key: ""} if key in keys else {}, {key: "var(--student)"}, alt, from_zero=True)
+    rate = {"perf/images_per_s": ""} if "perf/images_per_s" in keys else {}
+    alt = "Pictures trained a second over steps."
+    add("rate", rate, {"perf/images_per_s": "var(--student)"}, alt, from_zero=True)
     layers = _router(run)
     if layers:
         ramp = len(layers["rows"])
@@ -222,6 +222,15 @@ def _charts(run: RunData) -> dict[str, str]:
         alt = "Share of tokens that go to each layer's busiest LoRA expert, over steps."
         charts["busiest"] = plots.line_chart(list(busiest.values()), alt, from_zero=True)
     return charts
+
+
+def _waiting(run: RunData) -> str:
+    waits = [row["perf/data_wait"] for row in run.history if row.get("perf/data_wait") is not None]
+    if not waits:
+        return "Pictures a second."
+    return (
+        f"Pictures a second. Waiting for data takes {100 * float(np.median(waits)):.1f} % of a step (median)."
+    )
 
 
 def _router(run: RunData) -> dict[str, Any] | None:
@@ -256,8 +265,14 @@ def _settings(run: RunData) -> list[dict[str, Any]]:
     """Returns the config as sections of rows, each with its sentence and whether it is a default."""
     sections: dict[str, list[dict[str, Any]]] = {}
 
-    def walk(values: Mapping[str, Any], defaults: Mapping[str, Any], kind: Any, path: tuple[str, ...]) -> None:
-        fields = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+    def walk(
+        values: Mapping[str, Any], defaults: Mapping[str, Any], kind: Any, path: tuple[str, ...]
+    ) -> None:
+        fields = (
+            {field.name: field for field in dataclasses.fields(kind)}
+            if dataclasses.is_dataclass(kind)
+            else {}
+        )
         for name, value in values.items():
             field = fields.get(name)
             usual = defaults.get(name) if isinstance(defaults, Mapping) else None
@@ -285,7 +300,9 @@ def _gallery(pictures: Sequence[PictureMaps], group: str, experts: Sequence[str]
     for picture in pictures:
         panels = [panel for panel in picture.panels if panel.group == group]
         for panel in panels:
-            columns.setdefault(panel.column, colour(panel.colour, experts) if panel.colour else "var(--muted)")
+            columns.setdefault(
+                panel.column, colour(panel.colour, experts) if panel.colour else "var(--muted)"
+            )
         if panels:
             cells = {panel.column: {"src": data_uri(panel.image), "alt": panel.alt} for panel in panels}
             rows.append({"picture": picture, "src": data_uri(picture.image), "cells": cells})
@@ -334,7 +351,9 @@ def _lead(run: RunData) -> str:
 def _seeds(run: RunData) -> list[dict[str, str]]:
     rows = []
     for name, value in run.metrics.items():
-        if (match := re.fullmatch(r"eval/seeds/(.+)/mean", name)) and not match[1].endswith(("_std", "_low", "_high")):
+        if (match := re.fullmatch(r"eval/seeds/(.+)/mean", name)) and not match[1].endswith(
+            ("_std", "_low", "_high")
+        ):
             spread = run.metrics.get(f"eval/seeds/{match[1]}/std", 0.0)
             rows.append({"name": match[1], "mean": f"{100 * value:.1f}", "std": f"{100 * spread:.1f}"})
     return rows
@@ -363,6 +382,7 @@ def render(run: RunData) -> str:
         scores=_score_rows(run),
         categories=_categories(run),
         charts=_charts(run),
+        speed_note=_waiting(run),
         router=_router(run),
         attention=_gallery(run.pictures, "attention", run.experts),
         components=_gallery(run.pictures, "components", run.experts),

@@ -83,9 +83,7 @@ def _svg(width: int, height: int, alt: str, body: Sequence[str], kind: str) -> s
 
 def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "start", style: str = "") -> str:
     extra = f' style="{style}"' if style else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{extra}>{html.escape(words)}</text>'
-    )
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{extra}>{html.escape(words)}</text>'
 
 
 def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -146,7 +144,8 @@ def line_chart(
     start = min(float(x[0]) for _, x, _ in lines)
     stop = max(float(x[-1]) for _, x, _ in lines)
     longest = max(len(one.name) for one, _, _ in lines)
-    left, right, top, bottom = 48, min(170, 20 + 7 * longest), 12, 30
+    left = 18 + 7 * max((len(number(mark)) for mark in marks), default=2)
+    right, top, bottom = max(38, min(170, 20 + 7 * longest)), 12, 30
 
     def across(x: float) -> float:
         return left + (width - left - right) * ((x - start) / (stop - start) if stop > start else 0.5)
@@ -182,7 +181,9 @@ def line_chart(
     return _svg(width, height, alt, body, "line")
 
 
-def dot_chart(rows: Sequence[Bar], alt: str, *, reference: tuple[str, float] | None = None, width: int = 640) -> str:
+def dot_chart(
+    rows: Sequence[Bar], alt: str, *, reference: tuple[str, float] | None = None, width: int = 520
+) -> str:
     """Draws accuracies (0 to 1) as dots with their 95 % intervals, one row each.
 
     Args:

@@ -1,0 +1,147 @@
+"""Evaluates runs: builds the predict functions from a run's folder and writes what the runner found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tove_jax.config.schema import Config
+from tove_jax.errors import InputError
+from tove_jax.eval import bootstrap, predictors, runner
+from tove_jax.experts.run import open_stores
+from tove_jax.files.atomic import atomic_write_json
+from tove_jax.train.checkpoint import load_student
+from tove_jax.train.initial import start_parameters
+
+
+def with_stored_settings(stored: Config, config: Config | None) -> Config:
+    """Returns what was trained, evaluated as `config` says.
+
+    Args:
+      stored: the settings in the checkpoint; they decide student, method, experts and split.
+      config: gives `eval`, and where things lie on this machine: `features.path`, `data.path`,
+        `data.images`, `data.cache`, `student.initialize`. None: everything as stored.
+    """
+    if config is None:
+        return stored
+    data = {name: getattr(config.data, name) for name in ("path", "images", "cache", "threads")}
+    return dataclasses.replace(
+        stored,
+        eval=config.eval,
+        data=dataclasses.replace(stored.data, **data),
+        features=dataclasses.replace(stored.features, path=config.features.path),
+        student=dataclasses.replace(stored.student, initialize=config.student.initialize),
+    )
+
+
+def evaluate_run(config: Config | None, workdir: Path | str, *, step: int | None = None) -> dict[str, float]:
+    """Evaluates a run's checkpoint.
+
+    Writes ``eval/`` metrics into ``<workdir>/metrics.json``, where other metrics stay, and every
+    single answer into ``<workdir>/eval/predictions.json``.
+
+    Args:
+      config: evaluation settings and places, see `with_stored_settings`; None: those of the run.
+      workdir: the run's folder.
+      step: a saved step; the newest when None.
+
+    Returns:
+      The metrics of `runner.evaluate`, ``eval/feature_error/{expert}`` and ``eval/step``.
+
+    Raises:
+      InputError: no checkpoint, no features, or pictures without labels.
+    """
+    workdir = Path(workdir)
+    stored, params, provenance = load_student(workdir, step)
+    config = with_stored_settings(stored, config)
+    source, train, held_out = predictors.run_folder_source(config)
+    stores = open_stores(config, workdir)
+    views = predictors.views_of(config, source)
+    student = predictors.encoder(config, params["student"], views, adapters=True)
+    start = start_parameters(config, workdir)
+    functions = predictors.build_predictors(config, start, student, views, source, stores)
+    found = runner.score(functions, source.labels, train, held_out, config.eval)
+    metrics = dict(found.metrics)
+    errors = predictors.feature_errors(config, params.get("method", {}), student, source, stores, held_out)
+    metrics.update({f"eval/feature_error/{name}": value for name, value in errors.items()})
+    metrics["eval/step"] = int(provenance["step"])
+    number = {name: position for position, name in enumerate(found.classes)}
+    answers = {
+        task: {name: [number[label] for label in labels] for name, labels in by_name.items()}
+        for task, by_name in found.predictions.items()
+    }
+    record = {
+        "classes": list(found.classes),
+        "ids": [source.ids[index] for index in found.held_out],
+        "truth": [number[label] for label in found.truth],
+        **answers,
+    }
+    atomic_write_json(workdir / "eval" / "predictions.json", record, indent=None)
+    write_metrics(workdir, metrics)
+    return metrics
+
+
+def evaluate_runs(config: Config | None, workdirs: Sequence[Path | str]) -> dict[str, float]:
+    """Evaluates several runs of one setting, usually seeds, and their spread.
+
+    Args:
+      config: as in `evaluate_run`, for each.
+      workdirs: the runs' folders; the first gets the summary beside its own metrics.
+
+    Returns:
+      ``eval/seeds/count`` and, for each accuracy, difference and error,
+      ``eval/seeds/{knn/student, ...}/{mean,std}`` (sample standard deviation).
+
+    Raises:
+      InputError: as `evaluate_run`, or the runs were evaluated on different pictures.
+    """
+    runs = [evaluate_run(config, workdir) for workdir in workdirs]
+    held_out = {Path(workdir): _judged(Path(workdir)) for workdir in workdirs}
+    first = Path(workdirs[0])
+    for workdir, ids in held_out.items():
+        if ids != held_out[first]:
+            raise InputError(
+                f"{workdir}: was judged on other pictures than {first}: the spread would mean nothing"
+            )
+    summary = bootstrap.over_runs([_plain(metrics) for metrics in runs])
+    result = {f"eval/seeds/{name}": value for name, value in summary.items()}
+    write_metrics(first, {**runs[0], **result})
+    return result
+
+
+def _judged(workdir: Path) -> list[str]:
+    return json.loads((workdir / "eval" / "predictions.json").read_text(encoding="utf-8"))["ids"]
+
+
+def _plain(metrics: dict[str, float]) -> dict[str, float]:
+    kinds = ("eval/knn/", "eval/probe/", "eval/feature_error/", "eval/linear_error/")
+    return {
+        name.removeprefix("eval/"): value
+        for name, value in metrics.items()
+        if name.startswith(kinds)
+        and not (name.endswith(("_std", "_low", "_high")) and name.rsplit("_", 1)[0] in metrics)
+    }
+
+
+def write_metrics(workdir: Path, metrics: dict[str, float]) -> None:
+    """Replaces the ``eval/`` metrics in a run's ``metrics.json``; the others stay as they are.
+
+    Raises:
+      InputError: the file there is not a JSON object, or cannot be written.
+    """
+    path = workdir / "metrics.json"
+    present: dict[str, float] = {}
+    if path.exists():
+        try:
+            present = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: expected a JSON object, cannot read it: {error}") from error
+        if not isinstance(present, dict):
+            raise InputError(f"{path}: expected a JSON object, found {type(present).__name__}")
+    kept = {name: value for name, value in present.items() if not name.startswith("eval/")}
+    finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
+    atomic_write_json(path, dict(sorted({**kept, **finite}.items())))
