@@ -420,7 +420,7 @@ def test_settings_below_one(tmp_path, setting):
 
 def _config(**features) -> Config:
     return Config(
-        student=StudentConfig(),
+        student=StudentConfig(initialize="a CLIP folder"),
         data=DataConfig(flip=True, held_out=0.3),
         features=FeaturesConfig(**{"experts": ("clip", "toy:8"), "shard_records": 6, "batch": 4, **features}),
     )
@@ -429,12 +429,12 @@ def _config(**features) -> Config:
 def test_every_expert_plain_and_mirrored(tmp_path):
     asked = []
 
-    def load(spec, *, weights=None):
-        asked.append((spec, weights))
+    def load(spec, **options):
+        asked.append((spec, options))
         return dataclasses.replace(HOST, card=dataclasses.replace(CARD, name=spec.partition(":")[0]))
 
     stores = extract_all(_config(), tmp_path, source=Toys(), load=load, progress=False)
-    assert asked == [("clip", tmp_path / "start"), ("toy:8", None)]
+    assert asked == [("clip", {"weights": "a CLIP folder", "feature": "layers/-2"}), ("toy:8", {})]
     assert stores == {
         name: [tmp_path / "features" / name, tmp_path / "features" / f"{name}@flip"] for name in ("clip", "toy")
     }
@@ -447,6 +447,7 @@ def test_every_expert_plain_and_mirrored(tmp_path):
     image = Toys()[Toys().ids.index(id)].image
     wanted = _patches(CARD.view.cut(image[:, ::-1])[None])
     np.testing.assert_allclose(flipped.features([id]).patches, wanted, rtol=2**-8)
+    assert [path.name for path in tmp_path.iterdir()] == ["features"]
     only = extract_all(_config(), tmp_path, experts=["toy"], source=Toys(), load=load, progress=False)
     assert list(only) == ["toy"]
 

@@ -83,9 +83,7 @@ def extract(
     folder = Path(folder)
     view = _checked_view(expert, view)
     if batch < 1 or threads < 1 or prefetch < 1:
-        raise InputError(
-            f"batch, threads, prefetch: expected at least 1 each, found {batch}, {threads}, {prefetch}"
-        )
+        raise InputError(f"batch, threads, prefetch: expected at least 1 each, found {batch}, {threads}, {prefetch}")
     ids = [source.ids[index] for index in indices]
     wanted = describe(
         expert.card,
@@ -183,9 +181,7 @@ class _Work:
                 bar.update(len(ids))
             writer.finish(moments)
 
-    def _features(
-        self, indices: Sequence[int], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[list[str], ExpertFeatures]]:
+    def _features(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> Iterator[tuple[list[str], ExpertFeatures]]:
         # JAX returns before the device is done: the next batch is sent before the last is fetched.
         before = None
         for ids, pixels in self._pixels(indices, pool):
@@ -373,7 +369,7 @@ def extract_all(
       workdir: folder of the run.
       experts: only these of the configured experts, as specified there or by name.
       source: of the pictures; made from ``config.data`` when None.
-      load: of experts, ``load(spec, weights=None)``; the registry's when None.
+      load: of experts, ``load(spec, **options)`` with `load_options`; the registry's when None.
       progress: show progress bars.
 
     Returns:
@@ -382,10 +378,11 @@ def extract_all(
     Raises:
       InputError: as `extract`; also an unknown expert, or one given twice.
     """
+    from tove_jax.experts import registry
+    from tove_jax.experts.run import load_options  # here: that module reads the run's layout from this one
+
     specs = chosen_experts(config, experts)
     if load is None:
-        from tove_jax.experts import registry
-
         load = registry.load
         for spec in specs.values():
             registry.parse(spec)  # a misspelt expert is told before another one runs for an hour
@@ -397,8 +394,12 @@ def extract_all(
     everything = np.sort(np.concatenate([sides.train, sides.held_out]))
     stores: dict[str, list[Path]] = {}
     for name, spec in specs.items():
-        weights = clip_folder(config, workdir) if name == "clip" else None
-        expert = load(spec, weights=weights)
+        with writing(workdir):
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+            # The first process to come makes the student's start; the others shall not replace it under its reader.
+            with _claim(Path(workdir) / "start.lock", wait=True):
+                options = load_options(config, Path(workdir), name)
+        expert = load(spec, **options)
         runs = [(store_path(config, workdir, name), expert.card.view, everything)]
         if config.data.flip and len(sides.train):
             runs.append((store_path(config, workdir, name, flip=True), expert.card.view.flipped(), sides.train))
@@ -450,8 +451,3 @@ def store_path(config: Config, workdir: Path | str, name: str, *, flip: bool = F
     """Returns the folder of an expert's store; ``flip`` for the one of mirrored pictures."""
     base = Path(config.features.path) if config.features.path else Path(workdir) / "features"
     return base / (name + FLIP_SUFFIX if flip else name)
-
-
-def clip_folder(config: Config, workdir: Path | str) -> Path | str:
-    """Returns where the student's start lies, whose frozen copy is the expert `clip`."""
-    return config.student.initialize or Path(workdir) / "start"

@@ -186,9 +186,7 @@ def read_index(folder: Path, manifest: Manifest, number: int) -> dict[str, Any]:
     wanted = (FORMAT, manifest.identity(), entry.file, entry.records)
     if found != wanted:
         names = ("format", "identity of expert, weights, view and codec", "file", "records")
-        name, want, have = next(
-            (name, w, h) for name, w, h in zip(names, wanted, found, strict=True) if w != h
-        )
+        name, want, have = next((name, w, h) for name, w, h in zip(names, wanted, found, strict=True) if w != h)
         raise InputError(f"{path}: another store's shard: {name}: expected {want!r}, found {have!r}")
     if count != (entry.records, entry.records) or not isinstance(total, int):
         raise InputError(f"{path}: expected {entry.records} ids and CRCs, found {count}")
