@@ -70,6 +70,13 @@ def test_squash_is_siglips(wide: np.ndarray) -> None:
     assert difference(view, wide, reference("SiglipImageProcessorPil", wide, **settings)) <= 1e-6
 
 
+def test_our_exports_name_the_fit() -> None:
+    settings = {"size": {"height": 8, "width": 8}, "do_center_crop": False, "tove_fit": "letterbox"}
+    assert View.from_preprocessor(settings) == View(8, fit="letterbox")
+    with pytest.raises(InputError, match="fit: expected crop"):
+        View.from_preprocessor({**settings, "tove_fit": "stretch"})
+
+
 def test_letterbox_is_sams(wide: np.ndarray, tall: np.ndarray) -> None:
     view = View(96, fit="letterbox", interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD)
     for picture in (wide, tall):

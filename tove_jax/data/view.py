@@ -86,7 +86,8 @@ class View:
         """Reads a Hugging Face image processor's settings (CLIP's and its relatives').
 
         Args:
-          settings: the content of ``preprocessor_config.json``.
+          settings: the content of ``preprocessor_config.json``; its ``tove_fit``, which our exports
+            have, names a fit that those processors lack.
           where: the file, for messages.
 
         Returns:
@@ -124,8 +125,8 @@ class View:
             "mean": tuple(settings.get("image_mean", CLIP_MEAN)),
             "std": tuple(settings.get("image_std", CLIP_STD)),
         }
-        if settings.get("do_pad"):
-            fields["fit"] = "pad"
+        if settings.get("do_pad") or settings.get("tove_fit"):
+            fields["fit"] = settings.get("tove_fit") or "pad"
         if set(size) == {"height", "width"} and size["height"] == size["width"]:
             return cls(size["height"], **{"fit": "squash", **fields})
         if set(size) != {"shortest_edge"}:

@@ -6,18 +6,16 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tove_jax.config.schema import StudentConfig
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
 from tove_jax.files.weights import hash_arrays
-
-if TYPE_CHECKING:
-    from tove_jax.config.schema import StudentConfig
 
 CARD = ExpertCard(
     name="clip",
@@ -139,7 +137,8 @@ def load(*, weights: Path | None = None, size: int | None = None, feature: str |
 
     folder = _folder(weights)
     _check_size(read_student(folder), size)
-    student, params = load_clip(folder, image_size=size)
+    fields, params = load_clip(folder, image_size=size)
+    student = StudentConfig(**fields)
     layer = _feature(student, feature)
     row = f"{layer}/attention_cls_scores"
     card = _card(folder, student, weights)
