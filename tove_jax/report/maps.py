@@ -51,8 +51,9 @@ def principal_components(features: np.ndarray) -> np.ndarray:
     """
     rows = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
     rows = rows - rows.mean(axis=0)
-    _, values, directions = np.linalg.svd(rows.T @ rows / len(rows))
-    count = min(3, int((values > 1e-12 * max(values[0], 1e-30)).sum()))
+    values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    values, directions = values[::-1][:3], vectors.T[::-1][:3]
+    count = int((values > 1e-12 * max(float(values[0]), 1e-30)).sum())
     directions = directions[:count]
     largest = np.abs(directions).argmax(axis=1)
     directions = directions * np.sign(directions[np.arange(count), largest])[:, None]

@@ -83,7 +83,8 @@ def _svg(width: int, height: int, alt: str, body: Sequence[str], kind: str) -> s
 
 def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "start", style: str = "") -> str:
     extra = f' style="{style}"' if style else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{extra}>{html.escape(words)}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"'
+    return f"<text {place}{extra}>{html.escape(words)}</text>"
 
 
 def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -225,7 +226,8 @@ def dot_chart(
         body.append(
             f'<g style="stroke:{row.colour};fill:{row.colour}"><title>{html.escape(row.name)}: '
             f"{100 * row.value:.1f} % ({100 * row.low:.1f} to {100 * row.high:.1f})</title>"
-            f'<line x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" class="whisker"/>'
+            f'<line x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
+            'class="whisker"/>'
             f'<circle cx="{across(row.value):.1f}" cy="{y:.1f}" r="{7 if row.strong else 5}"/></g>'
         )
         words = f"{100 * row.value:.1f} %"

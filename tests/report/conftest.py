@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tove_jax.config.schema import Config
 from tove_jax.report.collect import ExpertFacts, Panel, PictureMaps, RunData, collect
@@ -115,8 +116,10 @@ def run(workdir: Path) -> RunData:
     )
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     facts = tuple(
-        ExpertFacts(name, f"Network {name}", "A. Author, arXiv 0000.00000", "some-package", "a1b2c3d4e5f60718", "Apache-2.0",
-                    "224 px, crop", "7 x 7 x 320 as bf16")
+        ExpertFacts(
+            name, f"Network {name}", "A. Author, arXiv 0000.00000", "some-package", "a1b2c3d4e5f60718",
+            "Apache-2.0", "224 px, crop", "7 x 7 x 320 as bf16",
+        )
         for name in EXPERTS
     )  # fmt: skip
     return collect(
@@ -131,3 +134,10 @@ def run(workdir: Path) -> RunData:
         provenance={"step": 1500, "weights": {"clip": "0011223344556677"}},
         pictures=pictures(),
     )
+
+
+@pytest.fixture(scope="session")
+def fabricated(tmp_path_factory) -> tuple[Path, RunData]:
+    """Returns an invented run's folder and what the page is told of it."""
+    workdir = tmp_path_factory.mktemp("runs") / "demo"
+    return workdir, run(workdir)
