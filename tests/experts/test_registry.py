@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -151,10 +152,15 @@ def test_tables_hold_every_expert(capsys) -> None:
     )
     odd = dataclasses.replace(registry.cards()["hed"], title="a | b")
     assert r"a \| b" in table.markdown({"hed": odd})
-    for arguments, expected in (([], table.plain()), (["--markdown"], table.markdown())):
+    for arguments, expected in (([], table.plain()), (["--markdown"], table.page())):
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         assert command.run(parser.parse_args(arguments)) == 0
         assert capsys.readouterr().out == expected
     starts = {line.index("JAX") for line in table.plain().splitlines() if line.endswith("JAX")}
     assert len(starts) == 1
+
+
+def test_the_docs_page_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "experts.md"
+    assert page.read_text(encoding="utf-8") == table.page(), "run `tove experts --markdown > docs/experts.md`"

@@ -9,12 +9,12 @@ HELP = "print the known experts, their licences, inputs and outputs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("--markdown", action="store_true", help="print the full table in Markdown")
+    parser.add_argument("--markdown", action="store_true", help="print the docs page with the full table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table."""
     from tove_jax.experts import table
 
-    print(table.markdown() if args.markdown else table.plain(), end="")
+    print(table.page() if args.markdown else table.plain(), end="")
     return 0
