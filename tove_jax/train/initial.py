@@ -8,68 +8,56 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
-from tove_jax.hf.load import load_clip
 
 from tove_jax import methods
 from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
-from tove_jax.experts.manifest import Manifest
-from tove_jax.files.weights import hash_arrays
+from tove_jax.experts.base import ExpertCard
+from tove_jax.hf.load import load_clip
 from tove_jax.hf.start import start_folder
-from tove_jax.parallel import flat_paths, logical_specs, tree_shardings
+from tove_jax.parallel import logical_specs, tree_shardings
 from tove_jax.parallel.sharding import replicated
 from tove_jax.train.objective import DTYPES, logical_axes, make_student
 from tove_jax.train.state import TrainState, flatten, parameter_factors, split, unflatten
 
+# Fields of the student that its start must share.
+SHAPE_FIELDS = ("image_size", "patch_size", "width", "layers", "heads", "mlp_width", "activation", "norm_epsilon")
 
-def start_parameters(config: Config, workdir: Path) -> tuple[Any, dict[str, Any]]:
-    """Reads the student's start as a plain CLIP tree.
 
-    Returns:
-      The tree, and its provenance: ``{"start": hash of the weights}``.
+def start_parameters(config: Config, workdir: Path) -> Any:
+    """Reads the student's start as a plain CLIP tree, on the host.
 
     Raises:
       InputError: the start has another shape than ``config.student``.
     """
-    fields, params = load_clip(str(start_folder(config, workdir)), image_size=config.student.image_size)
-    for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_width", "activation", "norm_epsilon"):
-        wanted, found = getattr(config.student, name), fields[name]
+    start, params = load_clip(start_folder(config, workdir), image_size=config.student.image_size)
+    for name in SHAPE_FIELDS:
+        wanted, found = getattr(config.student, name), getattr(start, name)
         if found != wanted:
-            raise InputError(
-                f"config.student.{name} is {wanted!r}, but the start {config.student.initialize or 'start'} "
-                f"has {found!r}"
-            )
-    return params, {"start": hash_arrays({path: np.asarray(x) for path, x in flat_paths(params).items()})}
+            raise InputError(f"config.student.{name} is {wanted!r}, but the start {start.initialize} has {found!r}")
+    return params
 
 
-def initial_parameters(
-    config: Config, workdir: Path, manifests: Mapping[str, Manifest]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def initial_parameters(config: Config, workdir: Path, cards: Mapping[str, ExpertCard]) -> dict[str, Any]:
     """Returns every parameter of a run before its first step, on the host.
 
     Args:
       config: the run's settings; ``train.seed`` draws adapters and method parameters.
       workdir: the run's folder.
-      manifests: of each expert's store; their shapes decide the method's.
+      cards: of each expert; grids and widths decide the method's shapes.
 
     Returns:
-      ``{"student": tree, "method": tree}`` and its provenance.
+      ``{"student": tree, "method": tree}``.
     """
-    start, provenance = start_parameters(config, workdir)
     student = make_student(config)
     adapter_key, method_key = jax.random.split(jax.random.key(config.train.seed + 1))
     size = config.student.image_size
     fresh = jax.jit(student.init)(adapter_key, jnp.zeros((1, size, size, 3)))["params"]
-    merged = unflatten({**flatten(jax.device_get(fresh)), **flatten(start)})
-    contracts = {name: manifest.card() for name, manifest in manifests.items()}
-    tokens = student.grid**2
-    extra = methods.get(config.method.name).init_extra(config, contracts, tokens, method_key)
-    for name, manifest in manifests.items():
-        provenance[f"expert/{name}"] = manifest.weights_hash
-    return {"student": merged, "method": jax.device_get(extra)}, provenance
+    merged = unflatten({**flatten(jax.device_get(fresh)), **flatten(start_parameters(config, workdir))})
+    extra = methods.get(config.method.name).init_extra(config, cards, student.grid**2, method_key)
+    return {"student": merged, "method": jax.device_get(extra)}
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:

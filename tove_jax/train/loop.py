@@ -12,22 +12,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tove_jax.data.loader import Loader, make_loader
 
 from tove_jax.config.schema import Config
 from tove_jax.data import make_source
-from tove_jax.data.split import split_indices
+from tove_jax.data.loader import Loader, make_loader
+from tove_jax.data.picture import PictureSource
+from tove_jax.data.split import split
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts.manifest import Manifest
-from tove_jax.experts.store import FeatureStore, open_stores
+from tove_jax.experts.run import expert_cards, open_stores
+from tove_jax.experts.store import FeatureStore
+from tove_jax.files.weights import hash_arrays, read_arrays
+from tove_jax.hf.load import locate
+from tove_jax.hf.start import start_folder
 from tove_jax.parallel import check_replication, make_mesh, shard_batch
 from tove_jax.parallel.sharding import batch_sharding, replicated
 from tove_jax.train.checkpoint import Checkpoints
@@ -66,11 +71,11 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
             f"config.train.batch: {config.train.batch} does not divide into accumulation "
             f"{config.train.accumulation} x {shards} shards of the batch"
         )
-    stores, flipped = open_stores(config, workdir)
+    stores = open_stores(config, workdir)
     manifests = {name: store.manifest for name, store in stores.items()}
-    loader = _make_loader(config, stores, flipped)
-    params, provenance = initial_parameters(config, workdir, manifests)
-    _check_clip(config, manifests, provenance)
+    source, loader = _make_loader(config, stores, open_stores(config, workdir, flip=True) if config.data.flip else None)
+    params = initial_parameters(config, workdir, expert_cards(config, workdir))
+    provenance = _provenance(config, workdir, manifests)
     with jax.set_mesh(mesh):
         state, shardings, optimizer = initial_state(config, params, make_optimizer, mesh)
         check_replication(state.trainable, mesh, config.train.replicated_limit_mb)
@@ -78,9 +83,10 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
         del params
         checkpoints = Checkpoints(workdir, config, provenance)
         latest = checkpoints.latest()
+        batches = iter(loader)
         if latest is not None:
             state, data_state = checkpoints.restore(latest, state)
-            loader.set_state(data_state)
+            batches.set_state(data_state)
         _announce(config, state, mesh, latest)
         step = jax.jit(
             make_step(config, make_loss(config, manifests), optimizer),
@@ -89,35 +95,47 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
             out_shardings=(shardings, replicated(mesh)),
         )
         try:
-            return _Run(config, workdir, mesh, loader, checkpoints, provenance, progress).go(step, state, latest or 0)
+            run = _Run(config, workdir, mesh, batches, source.ids, checkpoints, provenance, progress)
+            return run.go(step, state, latest or 0)
         finally:
-            loader.close()
+            batches.close()
             checkpoints.close()
 
 
-def _make_loader(config: Config, stores: dict[str, FeatureStore], flipped: dict[str, FeatureStore]) -> Loader:
+def _make_loader(
+    config: Config, stores: dict[str, FeatureStore], flipped: dict[str, FeatureStore] | None
+) -> tuple[PictureSource, Loader]:
     source = make_source(config.data)
-    indices, _ = split_indices(source.ids, config.data)
-    return make_loader(
+    sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
+    loader = make_loader(
         source,
-        indices,
+        sides.train,
         View.of_student(config.student),
         stores,
         batch=config.train.batch,
         seed=config.train.seed,
-        flip_readers=flipped or None,
+        flip_readers=flipped,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    return source, loader
 
 
-def _check_clip(config: Config, manifests: dict[str, Manifest], provenance: dict[str, Any]) -> None:
-    """The expert the methods call CLIP must be the frozen copy of this very start."""
+def _provenance(config: Config, workdir: Path, manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """Returns the hash of every frozen weight behind the run, after checking that CLIP is the start."""
     name = config.method.clip_expert
     if name not in manifests:
         raise InputError(f"config.features.experts: '{name}' (config.method.clip_expert) is missing")
+    folder = start_folder(config, workdir)
+    start = hash_arrays(read_arrays(locate(folder)))
+    if name == "clip" and manifests[name].weights_hash != start:
+        raise InputError(
+            f"features of 'clip' come from weights {manifests[name].weights_hash}, this run's start {folder} has "
+            f"{start}: extract them again"
+        )
+    return {"start": start, **{f"expert/{name}": manifest.weights_hash for name, manifest in manifests.items()}}
 
 
 def _announce(config: Config, state: TrainState, mesh: Any, latest: int | None) -> None:
@@ -154,16 +172,17 @@ class _Run:
         config: Config,
         workdir: Path,
         mesh: Any,
-        loader: Loader,
+        batches: Any,
+        ids: Sequence[str],
         checkpoints: Checkpoints,
         provenance: dict[str, Any],
         progress: bool,
     ) -> None:
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.loader, self.checkpoints, self.provenance = loader, checkpoints, provenance
+        self.batches, self.ids = batches, ids
+        self.checkpoints, self.provenance = checkpoints, provenance
         self.main = jax.process_index() == 0
         self.progress = progress and self.main
-        self.batches = iter(loader)
         self.waited = 0.0
         self.records: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=3)
 
@@ -172,7 +191,7 @@ class _Run:
         began = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - began
-        return shard_batch(batch, self.mesh), batch["record"], self.loader.get_state()
+        return shard_batch(batch, self.mesh), batch["record"], self.batches.get_state()
 
     def go(self, step: Any, state: TrainState, done: int) -> int:
         config, total = self.config, self.config.train.steps
@@ -238,8 +257,7 @@ class _Run:
         if np.isfinite(float(metrics["loss/total"])) and np.isfinite(float(metrics["optim/gradient_norm"])):
             return
         bad = int(state.bad_step) + 1
-        ids = self.loader.ids
-        records = [ids[int(i)] for number, rows in self.records if number == bad for i in rows if i >= 0]
+        records = [self.ids[int(i)] for number, rows in self.records if number == bad for i in rows if i >= 0]
         kept = Checkpoints(self.workdir, self.config, self.provenance, name="nonfinite")
         kept.save(bad, state, {"records": records})
         kept.close()
