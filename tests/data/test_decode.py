@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tove_jax.data.decode import decode, read_picture
 from tove_jax.errors import InputError
@@ -87,11 +87,21 @@ def test_sixteen_bits_are_scaled_not_clipped():
     np.testing.assert_array_equal(result[0, 0], [0, 128, 255])
 
 
-def test_exif_orientation():
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_exif_orientation(orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: shown a quarter turn clockwise
-    result = decode(encode(PIXELS, "PNG", exif=exif), "a")
-    np.testing.assert_array_equal(result, np.rot90(PIXELS, -1))
+    exif[0x0112] = orientation
+    data = encode(PIXELS, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(decode(data, "a"), expected)
+    if orientation == 6:  # the camera was turned: shown a quarter turn clockwise
+        np.testing.assert_array_equal(expected, np.rot90(PIXELS, -1))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_leaves_the_pixels():
+    for exif in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense", b"x"):
+        np.testing.assert_array_equal(decode(encode(PIXELS, exif=exif), "a"), PIXELS)
 
 
 def test_first_frame_of_a_gif():

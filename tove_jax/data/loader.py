@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -178,7 +178,7 @@ class Loader:
     batch_bytes: int
     prefetch: int
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
         """Returns a Grain iterator at the first batch."""
         return iter(self.dataset)
 
