@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from tove_jax.config.schema import StudentConfig
 from tove_jax.errors import InputError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -135,6 +136,11 @@ class View:
         if side != size["shortest_edge"]:
             fields["resize"] = size["shortest_edge"]
         return cls(side, **fields)
+
+    @classmethod
+    def of_student(cls, student: StudentConfig) -> View:
+        """Returns the view that a student's settings describe."""
+        return cls(size=student.image_size, **dataclasses.asdict(student.view))
 
     def describe(self) -> dict[str, Any]:
         """Returns the plain, JSON-ready fields, as a manifest stores them."""
