@@ -60,7 +60,7 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
         _experts(experts) if experts else "Not recorded.",
         "## Training",
         _table(("", ""), _training(config, provenance)),
-        f"Settings: lr {optim.lr:g}, {optim.schedule}, batch {train.batch}, compute in {train.dtype}, seed {train.seed}.",
+        f"Settings: lr {optim.lr:g}, {optim.schedule}, batch {train.batch}, {train.dtype}, seed {train.seed}.",
         "## Numbers",
         _numbers(provenance.get("metrics") or {}),
         "## Check",

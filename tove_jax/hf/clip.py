@@ -179,7 +179,7 @@ def adapter_fields(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> 
     if not found and router is None:
         return {"kind": "none"}
     if not found or router is None:
-        absent = "router" if router is None else "moe_down.0.lora_A.weight"
+        absent = "router.weight" if router is None else "moe_down.0.lora_A.weight"
         raise InputError(f"{source}: array encoder.layers.0.mlp.{absent} is missing")
     return {
         "kind": "mole",

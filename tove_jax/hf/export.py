@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tove_jax.hf.load import MOLE_MODEL_TYPE
 REMOTE_CODE = ("configuration_mole_clip.py", "modeling_mole_clip.py")
 HASH_KEY = "tove_hash"
 _FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", *REMOTE_CODE, "__pycache__"}
-_AUTO_MAP = {
+AUTO_MAP = {
     "AutoConfig": "configuration_mole_clip.MoleCLIPVisionConfig",
     "AutoModel": "modeling_mole_clip.MoleCLIPVisionModel",
 }
@@ -48,7 +49,7 @@ def hf_config(student: StudentConfig) -> dict[str, Any]:
     if student.feature.startswith("layers/"):
         config["vision_feature_layer"] = int(student.feature.split("/")[1])
     if not plain:
-        config |= {"auto_map": _AUTO_MAP, "adapter": dataclasses.asdict(student.adapter)}
+        config |= {"auto_map": AUTO_MAP, "adapter": dataclasses.asdict(student.adapter)}
     return config
 
 
@@ -91,10 +92,11 @@ def hf_arrays(student: StudentConfig, params: Mapping[str, Any]) -> dict[str, np
     """
     expected = clip.shapes(student)
     leaves = rules.flatten(params)
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     wrong = [
-        f"{path}: found {tuple(leaves[path].shape) if path in leaves else 'nothing'}, expected {expected.get(path, 'nothing')}"
-        for path in sorted({*expected, *leaves})
-        if path not in expected or path not in leaves or tuple(leaves[path].shape) != expected[path]
+        f"{path}: found {found.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
+        for path in sorted({*expected, *found})
+        if found.get(path) != expected.get(path)
     ]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -172,12 +174,26 @@ def _write(student: StudentConfig, params: Mapping[str, Any], folder: Path, card
             save_file(arrays, temporary / "model.safetensors", metadata={"format": "pt", HASH_KEY: hashed})
         except SafetensorError as error:
             raise InputError(f"{folder}: cannot be written: {error}") from error
+        _sort_metadata(temporary / "model.safetensors")
         atomic_write_json(temporary / "config.json", hf_config(student))
         atomic_write_json(temporary / "preprocessor_config.json", hf_preprocessor(student))
         if student.adapter.kind != "none":
             for name in REMOTE_CODE:
                 atomic_write_bytes(temporary / name, remote_code(name))
         atomic_write_bytes(temporary / "README.md", card(hashed).encode())
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts a safetensors file's metadata in order: the library's is random, and equal exports would differ."""
+    with open(path, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise ValueError(f"{path}: header of {size} bytes would become {len(text)}")
+        stream.seek(8)
+        stream.write(text)
 
 
 def export_mole_encoder(student: StudentConfig, params: Mapping[str, Any], path: Path | str) -> None:

@@ -138,6 +138,11 @@ def read_student(folder: Path) -> StudentConfig:
     sizes = ("image_size", "patch_size", "width", "layers", "heads", "mlp_width")
     if any(getattr(student, name) < 1 for name in sizes):
         raise InputError(f"{path}: sizes must be positive, found {[getattr(student, n) for n in sizes]}")
+    if student.width % student.heads or student.patch_size > student.image_size:
+        raise InputError(
+            f"{path}: width {student.width} with {student.heads} heads, or image {student.image_size} with patch "
+            f"{student.patch_size}, does not divide into whole heads and patches"
+        )
     return student
 
 
@@ -164,7 +169,7 @@ def _read_view(path: Path) -> ViewConfig:
     return door.freeze(values, ViewConfig, str(path))
 
 
-def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) -> tuple[StudentConfig, dict[str, Any]]:
+def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loads the vision tower of any CLIP checkpoint that transformers would load.
 
     Args:
@@ -173,8 +178,8 @@ def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) ->
       image_size: wanted side, pixels; position embeddings are resized when it differs.
 
     Returns:
-      Settings (``initialize`` set to the given name, ``adapter.kind`` none) and the parameter tree,
-      float32.
+      Fields of `StudentConfig` by name (``initialize`` set to the given name, ``adapter.kind`` none), so
+      that ``StudentConfig(**fields)`` is the settings, and the parameter tree, float32.
 
     Raises:
       InputError: no such folder, not a CLIP, or a weight missing, unknown or of another shape.
@@ -185,29 +190,29 @@ def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) ->
         raise InputError(f"{folder}: has LoRA experts ({MOLE_MODEL_TYPE}), expected a plain CLIP; use import_student")
     params = _tree(folder, student, _clip_arrays(folder))
     student = dataclasses.replace(student, initialize=str(folder_or_hub_id))
-    return _resized(student, params, image_size)
+    return with_image_size(vars(student).copy(), params, image_size)
 
 
-def import_student(folder_or_hub_id: str | Path) -> tuple[StudentConfig, dict[str, Any]]:
+def import_student(folder_or_hub_id: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Brings an exported student back, plain or with LoRA experts, bit for bit.
 
     Args:
       folder_or_hub_id: what `tove_jax.hf.export.export_student` wrote, or any CLIP.
 
     Returns:
-      Settings and the parameter tree, float32.
+      Fields of `StudentConfig` by name, and the parameter tree, float32.
 
     Raises:
       InputError: a weight missing, unknown or of another shape, or a config that does not fit.
     """
     folder = locate(folder_or_hub_id)
     student = read_student(folder)
-    return student, _tree(folder, student, _clip_arrays(folder))
+    return vars(student).copy(), _tree(folder, student, _clip_arrays(folder))
 
 
 def import_mole_encoder(
     file: str | Path, base: str | Path, *, adapter: AdapterConfig | None = None
-) -> tuple[StudentConfig, dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads MoVE-KD's released adapter file (``mole_encoder.bin``) on top of a CLIP folder.
 
     The number of experts, the rank and the site are read from the file; routing, alpha and dropout
@@ -219,7 +224,7 @@ def import_mole_encoder(
       adapter: routing, alpha, dropout; the released settings when None.
 
     Returns:
-      Settings and the parameter tree, float32.
+      Fields of `StudentConfig` by name, and the parameter tree, float32.
 
     Raises:
       InputError: as `import_student`.
@@ -231,7 +236,7 @@ def import_mole_encoder(
     if fields["kind"] == "none":
         raise InputError(f"{file}: expected LoRA experts (encoder.layers.0.mlp.moe_down.0.lora_A.weight), found none")
     student = dataclasses.replace(student, adapter=dataclasses.replace(adapter or AdapterConfig(), **fields))
-    return student, _tree(Path(file), student, {**_clip_arrays(folder), **found})
+    return vars(student).copy(), _tree(Path(file), student, {**_clip_arrays(folder), **found})
 
 
 def _clip_arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -247,12 +252,20 @@ def _tree(source: Path, student: StudentConfig, arrays: Mapping[str, np.ndarray]
     return rules.unflatten({path: leaf.astype(np.float32) for path, leaf in leaves.items()})
 
 
-def _resized(
-    student: StudentConfig, params: dict[str, Any], image_size: int | None
-) -> tuple[StudentConfig, dict[str, Any]]:
-    if image_size is None or image_size == student.image_size:
-        return student, params
+def with_image_size(
+    fields: dict[str, Any], params: dict[str, Any], image_size: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns fields and parameters for another image size, position embeddings resized.
 
-    grid = image_size // student.patch_size
+    Args:
+      fields: of `StudentConfig`.
+      params: the parameter tree.
+      image_size: wanted side, pixels; None or the same changes nothing.
+    """
+    if image_size is None or image_size == fields["image_size"]:
+        return fields, params
+    grid = image_size // fields["patch_size"]
+    if grid < 1:
+        raise InputError(f"image_size: {image_size} is smaller than a patch of {fields['patch_size']} pixels")
     resized = resize_position(params["position_embed"], grid)
-    return dataclasses.replace(student, image_size=image_size), {**params, "position_embed": resized}
+    return {**fields, "image_size": image_size}, {**params, "position_embed": resized}

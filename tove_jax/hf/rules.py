@@ -67,7 +67,7 @@ class Rule:
 
     def to_leaf(self, stacked: np.ndarray) -> np.ndarray:
         """Permutes a stacked array to our layout, contiguous."""
-        return np.ascontiguousarray(stacked if self.axes is None else stacked.transpose(self.axes))
+        return np.asarray(stacked if self.axes is None else stacked.transpose(self.axes), order="C")
 
     def to_stacked(self, leaf: np.ndarray) -> np.ndarray:
         """Permutes one of our leaves back to (indices..., published axes...)."""

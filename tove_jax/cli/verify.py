@@ -1,0 +1,22 @@
+"""`tove verify`: prove that an exported folder gives our numbers in transformers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "compare an exported folder in JAX and in transformers, print weight hashes; status 1 when they differ"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("folder", type=Path, help="What `tove export` wrote, or any CLIP folder.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verifies and prints the report."""
+    from tove_jax.hf.verify import verify
+
+    report = verify(args.folder)
+    print("\n".join(report.lines()))
+    return 0 if report.ok else 1

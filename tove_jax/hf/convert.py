@@ -1,0 +1,58 @@
+"""Brings any supported folder or file into the one form that the rest of the package reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from tove_jax.config.schema import Config, StudentConfig
+from tove_jax.files.weights import hash_arrays
+from tove_jax.hf import rules
+from tove_jax.hf.export import export_student, save_start
+from tove_jax.hf.load import import_mole_encoder, import_student, with_image_size
+
+
+def convert(
+    source: str | Path,
+    output: Path | str,
+    *,
+    adapter: Path | str | None = None,
+    plain: bool = False,
+    image_size: int | None = None,
+) -> list[str]:
+    """Imports a checkpoint, checks every name and shape, and writes it as an export.
+
+    Args:
+      source: folder or hub id of a CLIP or of an exported student.
+      output: folder to write; read it with `tove_jax.hf.load.import_student`, or, when it has no LoRA
+        experts, name it in ``student.initialize``.
+      adapter: MoVE-KD's ``mole_encoder.bin`` to put on top of `source`.
+      plain: leave LoRA experts out.
+      image_size: side to which position embeddings are resized, pixels.
+
+    Returns:
+      Lines that say what came in.
+
+    Raises:
+      InputError: as `import_student` and `export_student`.
+    """
+    fields, params = import_mole_encoder(adapter, source) if adapter else import_student(source)
+    fields, params = with_image_size(fields, params, image_size)
+    student = StudentConfig(**fields)
+    config = Config(title=Path(str(source)).name, student=dataclasses.replace(student, initialize=str(source)))
+    if plain:
+        save_start(config, params, output)
+    else:
+        export_student(config, params, output)
+    count = sum(leaf.size for leaf in rules.flatten(params).values())
+    kept = (
+        "none"
+        if plain or student.adapter.kind == "none"
+        else f"{student.adapter.experts} of rank {student.adapter.rank}"
+    )
+    return [
+        f"read     {source}: {student.layers} layers, width {student.width}, {count:,} parameters",
+        f"experts  {kept}",
+        f"hash     {hash_arrays(rules.flatten(params))} (of the parameter tree as read)",
+        f"written  {output}",
+    ]
