@@ -3,12 +3,10 @@
 Two cores, a few minutes. Everything trains, since there is no pretrained start to keep.
 """
 
-import dataclasses
 
 from ml_collections import ConfigDict
 
 from tove_jax.config import Config, parse_arguments, thaw
-from tove_jax.methods.presets import PRESETS
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -19,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.student.feature = "layers/-1"
     config.student.adapter.rank = 8
     config.data.flip = True
-    config.features.experts = ("clip", "efficientnet_lite0", "hed", "pp_ocr_det")
+    config.features.experts = ("clip", "efficientnet_lite0", "hed:112", "pp_ocr_det:160")
     config.optim.update(lr=2e-3, warmup=0.1, weight_decay=0.05, groups=((".*", 1.0),))
     config.train.update(steps=400, batch=128, seed=arguments.seed, dtype="float32", log_every=10, checkpoint_every=100)
     if arguments.smoke:

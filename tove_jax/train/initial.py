@@ -15,6 +15,7 @@ from tove_jax import methods
 from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 from tove_jax.experts.base import ExpertCard
+from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.load import load_clip
 from tove_jax.hf.start import start_folder
 from tove_jax.parallel import logical_specs, tree_shardings
@@ -34,13 +35,13 @@ def start_parameters(config: Config, workdir: Path) -> Any:
     """
     start, params = load_clip(start_folder(config, workdir), image_size=config.student.image_size)
     for name in SHAPE_FIELDS:
-        wanted, found = getattr(config.student, name), getattr(start, name)
+        wanted, found = getattr(config.student, name), start[name]
         if found != wanted:
-            raise InputError(f"config.student.{name} is {wanted!r}, but the start {start.initialize} has {found!r}")
+            raise InputError(f"config.student.{name} is {wanted!r}, but the start {start['initialize']} has {found!r}")
     return params
 
 
-def initial_parameters(config: Config, workdir: Path, cards: Mapping[str, ExpertCard]) -> dict[str, Any]:
+def initial_parameters(config: Config, workdir: Path, cards: Mapping[str, ExpertCard]) -> tuple[dict[str, Any], str]:
     """Returns every parameter of a run before its first step, on the host.
 
     Args:
@@ -49,15 +50,16 @@ def initial_parameters(config: Config, workdir: Path, cards: Mapping[str, Expert
       cards: of each expert; grids and widths decide the method's shapes.
 
     Returns:
-      ``{"student": tree, "method": tree}``.
+      ``{"student": tree, "method": tree}``, and the hash of the start's weights.
     """
     student = make_student(config)
     adapter_key, method_key = jax.random.split(jax.random.key(config.train.seed + 1))
     size = config.student.image_size
     fresh = jax.jit(student.init)(adapter_key, jnp.zeros((1, size, size, 3)))["params"]
-    merged = unflatten({**flatten(jax.device_get(fresh)), **flatten(start_parameters(config, workdir))})
+    start = flatten(start_parameters(config, workdir))
+    merged = unflatten({**flatten(jax.device_get(fresh)), **start})
     extra = methods.get(config.method.name).init_extra(config, cards, student.grid**2, method_key)
-    return {"student": merged, "method": jax.device_get(extra)}
+    return {"student": merged, "method": jax.device_get(extra)}, hash_arrays(start)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:

@@ -27,12 +27,10 @@ from tove_jax.data.picture import PictureSource
 from tove_jax.data.split import split
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
+from tove_jax.experts.extract import store_path
 from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.run import expert_cards, open_stores
 from tove_jax.experts.store import FeatureStore
-from tove_jax.files.weights import hash_arrays, read_arrays
-from tove_jax.hf.load import locate
-from tove_jax.hf.start import start_folder
 from tove_jax.parallel import check_replication, make_mesh, shard_batch
 from tove_jax.parallel.sharding import batch_sharding, replicated
 from tove_jax.train.checkpoint import Checkpoints
@@ -74,8 +72,8 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
     stores = open_stores(config, workdir)
     manifests = {name: store.manifest for name, store in stores.items()}
     source, loader = _make_loader(config, stores, open_stores(config, workdir, flip=True) if config.data.flip else None)
-    params = initial_parameters(config, workdir, expert_cards(config, workdir))
-    provenance = _provenance(config, workdir, manifests)
+    params, start_hash = initial_parameters(config, workdir, expert_cards(config, workdir))
+    provenance = _provenance(config, workdir, manifests, start_hash)
     with jax.set_mesh(mesh):
         state, shardings, optimizer = initial_state(config, params, make_optimizer, mesh)
         check_replication(state.trainable, mesh, config.train.replicated_limit_mb)
@@ -123,19 +121,14 @@ def _make_loader(
     return source, loader
 
 
-def _provenance(config: Config, workdir: Path, manifests: dict[str, Manifest]) -> dict[str, Any]:
+def _provenance(config: Config, workdir: Path, manifests: dict[str, Manifest], start_hash: str) -> dict[str, Any]:
     """Returns the hash of every frozen weight behind the run, after checking that CLIP is the start."""
     name = config.method.clip_expert
     if name not in manifests:
         raise InputError(f"config.features.experts: '{name}' (config.method.clip_expert) is missing")
-    folder = start_folder(config, workdir)
-    start = hash_arrays(read_arrays(locate(folder)))
-    if name == "clip" and manifests[name].weights_hash != start:
-        raise InputError(
-            f"features of 'clip' come from weights {manifests[name].weights_hash}, this run's start {folder} has "
-            f"{start}: extract them again"
-        )
-    return {"start": start, **{f"expert/{name}": manifest.weights_hash for name, manifest in manifests.items()}}
+    if name == "clip":
+        manifests[name].require(store_path(config, workdir, name), weights_hash=start_hash)
+    return {"start": start_hash, **{f"expert/{name}": manifest.weights_hash for name, manifest in manifests.items()}}
 
 
 def _announce(config: Config, state: TrainState, mesh: Any, latest: int | None) -> None:
