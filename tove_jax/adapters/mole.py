@@ -90,7 +90,7 @@ class MoLE(nn.Module):
 
     Dense routing weighs every expert by P in place of the choice. Top-1 does not multiply by P, so
     only the balance loss trains the router, unless ``router_gradient`` is ``straight_through``:
-    then the chosen output is multiplied by ``1 + P_i - stop_gradient(P_i)``, which changes nothing
+    then the chosen output is multiplied by ``1 + (P_i - stop_gradient(P_i))``, which changes nothing
     forward (ours). Parameters: ``router/{kernel,bias}`` and, for ``linears``, ``down/`` beside fc1
     and ``up/`` beside fc2, or, for ``ffn``, ``ffn/`` from the MLP's input to its output; each with
     ``a_kernel (d_in, E, r), a_bias (E, r), b_kernel (E, r, d_out), b_bias (E, d_out)``.
@@ -175,7 +175,8 @@ class MoLE(nn.Module):
         if self.routing == "dense":
             return probs
         if self.router_gradient == "straight_through":
-            return choice * (1 + probs - jax.lax.stop_gradient(probs))
+            # The difference first, so that the factor is one exactly.
+            return choice * (1 + (probs - jax.lax.stop_gradient(probs)))
         return choice
 
 
