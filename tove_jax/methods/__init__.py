@@ -1,10 +1,11 @@
 """The published methods, each a file that reads like its paper.
 
-A method is a module of three pure functions:
+A method is a module of pure functions and one table:
 
-- ``requested_intermediates(config) -> tuple of names`` that the student must return;
 - ``init_extra(config, contracts, student_tokens, rng) -> params`` that train beside the student;
-- ``objective(params, outputs, features, batch, config) -> (loss, metrics)``.
+- ``forward(student, params, pixels, features, config, key) -> outputs``, the student's passes;
+- ``objective(params, outputs, features, batch, config) -> (loss, metrics)``;
+- ``LOGICAL_AXES``, first-match rules for the parameters that `init_extra` makes.
 """
 
 from __future__ import annotations

@@ -26,25 +26,61 @@ These are the released code's; every choice in them is a field of `MoveKDConfig`
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tove_jax.adapters import encoder_adapter as encoder_adapters
 from tove_jax.adapters.encoder_adapter import EncoderAdapter
 from tove_jax.adapters.mole import balance_loss
 from tove_jax.config.schema import Config, MoveKDConfig
 from tove_jax.errors import InputError
 from tove_jax.experts.base import ExpertCard, ExpertFeatures
+from tove_jax.models.vit import VisionTransformer, encode
 from tove_jax.parallel import BATCH_AXES
 
+LOGICAL_AXES = encoder_adapters.LOGICAL_AXES
 ROUTER_REPORTS = ("adapter/router_probs_mean", "adapter/router_choice_mean", "adapter/router_entropy")
 
 
 def requested_intermediates(config: Config) -> tuple[str, ...]:
-    """Returns the names of the student's intermediates that `objective` reads."""
+    """Returns the names of the student's intermediates that `objective` reads.
+
+    Raises:
+      InputError: ``student.feature`` does not name the tokens of a layer.
+    """
+    if not re.fullmatch(r"embeddings|layers/-?\d+", config.student.feature):
+        raise InputError(f"config.student.feature: expected layers/<i> or embeddings, found '{config.student.feature}'")
     reports = ROUTER_REPORTS if config.student.adapter.kind == "mole" else ()
     return (config.student.feature, *reports)
+
+
+def forward(
+    student: VisionTransformer,
+    params: dict[str, Any],
+    pixels: jax.Array,
+    features: dict[str, ExpertFeatures],
+    config: Config,
+    key: jax.Array,
+) -> dict[str, jax.Array]:
+    """Runs the student once.
+
+    Args:
+      student: with its adapters.
+      params: ``{"student", "method"}``.
+      pixels: (B, size, size, 3), normalised.
+      features: not read; experts reach the student through the objective alone.
+      config: a whole run's settings.
+      key: of the adapters' dropout.
+
+    Returns:
+      The intermediates that `objective` reads.
+    """
+    del features
+    wanted = requested_intermediates(config)
+    return encode(student, params["student"], pixels, wanted, key)
 
 
 def init_extra(config: Config, contracts: dict[str, ExpertCard], student_tokens: int, rng: jax.Array) -> dict[str, Any]:

@@ -388,6 +388,36 @@ def _segments(asked: _Requests, depth: int, output_wanted: bool) -> list[tuple[i
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
+def encode(
+    module: VisionTransformer,
+    params: Any,
+    pixels: jax.Array,
+    names: Sequence[str],
+    key: jax.Array | None = None,
+    adapter_inputs: Any = None,
+) -> dict[str, jax.Array]:
+    """Returns the named intermediates alone, skipping the layers that none of them needs.
+
+    Args:
+      module: the encoder.
+      params: its tree.
+      pixels: (B, size, size, 3), normalised.
+      names: see `VisionTransformer.__call__`.
+      key: of dropout; None: no dropout.
+      adapter_inputs: see there.
+    """
+    _, found = module.apply(
+        {"params": params},
+        pixels,
+        intermediates=tuple(names),
+        final=False,
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+        adapter_inputs=adapter_inputs,
+    )
+    return found
+
+
 def from_config(config: StudentConfig, dtype: Any = jnp.float32) -> VisionTransformer:
     """Builds the student.
 

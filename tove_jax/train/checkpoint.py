@@ -50,6 +50,20 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def _manager(path: Path, **options: Any) -> ocp.CheckpointManager:
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return ocp.CheckpointManager(
+        path,
+        item_handlers={
+            "trainable": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(**options),
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run's folder.
 
@@ -63,17 +77,11 @@ class Checkpoints:
     def __init__(
         self, workdir: Path, config: Config, provenance: dict[str, Any], name: str = "checkpoints"
     ) -> None:
-        logging.getLogger("absl").setLevel(logging.WARNING)
         self.path = (workdir / name).absolute()
         self._config = config
         self._provenance = provenance
         try:
-            self._manager = ocp.CheckpointManager(
-                self.path,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=config.train.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-                ),
-            )
+            self._manager = _manager(self.path, max_to_keep=config.train.keep, cleanup_tmp_directories=True)
         except OSError as error:
             raise InputError(f"{self.path}: cannot keep checkpoints here: {error}") from None
 
@@ -245,13 +253,12 @@ def load_student(workdir: Path, step: int | None = None) -> tuple[Config, dict[s
     path = (Path(workdir) / "checkpoints").absolute()
     if not path.is_dir():
         raise InputError(f"{path}: no checkpoints here; run `tove train` first")
-    logging.getLogger("absl").setLevel(logging.WARNING)
     sharding = SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(tree: dict[str, Any]) -> dict[str, Any]:
         return {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding) for n, m in tree.items()}
 
-    with ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _manager(path, read_only=True, save_interval_steps=0, create=False) as manager:
         step = manager.latest_step() if step is None else step
         if step is None:
             raise InputError(f"{path}: no checkpoint has been saved yet")

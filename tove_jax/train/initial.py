@@ -62,9 +62,9 @@ def initial_parameters(config: Config, workdir: Path, cards: Mapping[str, Expert
     return {"student": merged, "method": jax.device_get(extra)}, hash_arrays(start)
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(config: Config, state: TrainState, mesh: Mesh) -> TrainState:
     """Returns the sharding of every leaf; an optimiser slot follows its parameter."""
-    table = logical_axes()
+    table = logical_axes(config)
 
     def of(tree: dict[str, Any]) -> dict[str, Any]:
         return tree_shardings(tree, logical_specs(tree, table, "logical axes"), mesh)
@@ -105,5 +105,5 @@ def initial_state(
         trainable, frozen = split(tree, factors, DTYPES[config.train.dtype])
         return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable), jnp.int32(-1))
 
-    shardings = state_shardings(jax.eval_shape(build, params), mesh)
+    shardings = state_shardings(config, jax.eval_shape(build, params), mesh)
     return jax.jit(build, out_shardings=shardings)(params), shardings, optimizer

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tove_jax import methods
-from tove_jax.adapters import encoder_adapter, mole
+from tove_jax.adapters import mole
 from tove_jax.config.schema import Config
 from tove_jax.data.view import View
 from tove_jax.experts.codecs import decode_features
@@ -38,27 +38,19 @@ def make_loss(config: Config, manifests: dict[str, Manifest]) -> Loss:
     student = make_student(config)
     view = View.of_student(config.student)
     method = methods.get(config.method.name)
-    wanted = tuple(method.requested_intermediates(config))
 
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        _, outputs = student.apply(
-            {"params": params["student"]},
-            view.normalize(batch["pixels"]),
-            intermediates=wanted,
-            final=False,
-            deterministic=False,
-            rngs={"dropout": key},
-        )
         features = {name: decode_features(manifests[name], payload) for name, payload in batch["features"].items()}
-        total, metrics = method.objective(params["method"], outputs, features, batch, config)
-        return total, {**metrics, "loss/total": total}
+        pixels = view.normalize(batch["pixels"])
+        outputs = method.forward(student, params, pixels, features, config, key)
+        return method.objective(params["method"], outputs, features, batch, config)
 
     return loss
 
 
-def logical_axes() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+def logical_axes(config: Config) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
     """Returns the first-match table of logical axes of every parameter of a run."""
-    return vit.LOGICAL_AXES + mole.LOGICAL_AXES + encoder_adapter.LOGICAL_AXES
+    return vit.LOGICAL_AXES + mole.LOGICAL_AXES + methods.get(config.method.name).LOGICAL_AXES
 
 
 def count(tree: dict[str, Any]) -> int:
