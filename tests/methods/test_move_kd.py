@@ -161,6 +161,10 @@ def random_case(rows=6, seed=0, **method):
     return config, params, outputs, features, {"mask": jnp.ones(rows, bool)}
 
 
+def evaluate(params, outputs, features, batch, config):
+    return jax.jit(lambda *args: move_kd.objective(*args, config))(params, outputs, features, batch)
+
+
 def card(name, grid, width, clip=False):
     return ExpertCard(
         name=name,
@@ -192,7 +196,10 @@ def test_registered_and_asks_for_what_it_reads():
         get("move_dk")
     config, params, outputs, features, batch = random_case()
     assert set(move_kd.requested_intermediates(config)) == set(outputs)
-    _, metrics = move_kd.objective(params, outputs, features, batch, config)
+    odd = dataclasses.replace(config, student=dataclasses.replace(config.student, feature="pooled"))
+    with pytest.raises(InputError, match="expected layers/<i> or embeddings, found 'pooled'"):
+        move_kd.requested_intermediates(odd)
+    _, metrics = evaluate(params, outputs, features, batch, config)
     expected = {"loss/total", "loss/kd", "loss/balance", "router/entropy", "weight/saturated"}
     for name in ("a", "b", "clip"):
         expected |= {f"loss/{name}/patches", f"weight/{name}", f"target/{name}/variance"}
@@ -211,7 +218,7 @@ def test_padded_rows_contribute_nothing():
         return jnp.take(x, jnp.flatnonzero(mask), axis=axis)
 
     def loss(params, outputs, features, batch):
-        return move_kd.objective(params, outputs, features, batch, config)
+        return evaluate(params, outputs, features, batch, config)
 
     # What a padded row holds must not matter, NaN included.
     spoilt = jax.tree.map(lambda x: jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan), features)
@@ -231,20 +238,18 @@ def test_padded_rows_contribute_nothing():
 def test_rows_without_a_picture_are_left_out_of_distillation_only():
     config, params, outputs, features, batch = random_case(kd_on_text_only=False)
     has = jnp.array([True, False, True, True, True, False])
-    _, full = move_kd.objective(params, outputs, features, batch, config)
-    _, masked = move_kd.objective(params, outputs, features, {"mask": has}, config)
-    _, text = move_kd.objective(params, outputs, features, {**batch, "has_picture": has}, config)
+    _, full = evaluate(params, outputs, features, batch, config)
+    _, masked = evaluate(params, outputs, features, {"mask": has}, config)
+    _, text = evaluate(params, outputs, features, {**batch, "has_picture": has}, config)
     np.testing.assert_allclose(text["loss/kd"], masked["loss/kd"], rtol=1e-6)
     np.testing.assert_allclose(text["loss/balance"], full["loss/balance"], rtol=1e-6)
-    _, on = move_kd.objective(
-        params, outputs, features, {**batch, "has_picture": has}, change(config, kd_on_text_only=True)
-    )
+    _, on = evaluate(params, outputs, features, {**batch, "has_picture": has}, change(config, kd_on_text_only=True))
     close(on, full)
 
 
 def test_no_rows_give_zero_not_nan():
     config, params, outputs, features, batch = random_case()
-    loss, metrics = move_kd.objective(params, outputs, features, {"mask": ~batch["mask"]}, config)
+    loss, metrics = evaluate(params, outputs, features, {"mask": ~batch["mask"]}, config)
     assert float(loss) == 0.0 and all(np.isfinite(value) for value in metrics.values())
 
 
@@ -290,7 +295,7 @@ def test_stop_gradient_of_teacher_weights():
 
     def gradient(config):
         def loss(params):
-            return move_kd.objective(params, outputs, features, batch, config)[0]
+            return evaluate(params, outputs, features, batch, config)[0]
 
         return jax.jit(jax.grad(loss))(params)["a"]["token"]["bias"]
 
@@ -306,7 +311,7 @@ def test_stop_gradient_of_teacher_weights():
 def test_clip_alone_has_weight_one():
     config, _, outputs, features, batch = random_case()
     config = dataclasses.replace(config, features=FeaturesConfig(experts=("clip",)))
-    _, metrics = move_kd.objective({}, outputs, {"clip": features["clip"]}, batch, config)
+    _, metrics = evaluate({}, outputs, {"clip": features["clip"]}, batch, config)
     assert float(metrics["weight/clip"]) == 1.0
     np.testing.assert_allclose(metrics["loss/kd"], metrics["loss/clip/patches"], rtol=1e-6)
 
@@ -316,15 +321,15 @@ def test_interpolated_targets():
     cards = {"clip": card("clip", (3, 3), WIDTH, True), "a": card("a", (2, 4), 5), "b": card("b", (1, 2), 7)}
     params = move_kd.init_extra(config, cards, TOKENS, jax.random.key(0))
     assert set(params["a"]) == {"channel"}
-    _, metrics = move_kd.objective(params, outputs, features, batch, config)
+    _, metrics = evaluate(params, outputs, features, batch, config)
     assert np.isfinite(metrics["loss/kd"])
 
 
 def test_bfloat16_student_keeps_float32_losses():
     config, params, outputs, features, batch = random_case()
-    expected, _ = move_kd.objective(params, outputs, features, batch, config)
+    expected, _ = evaluate(params, outputs, features, batch, config)
     low = {name: x.astype(jnp.bfloat16) if name == "layers/-2" else x for name, x in outputs.items()}
-    loss, _ = move_kd.objective(params, low, features, batch, config)
+    loss, _ = evaluate(params, low, features, batch, config)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected, rtol=0.02)
 
@@ -356,5 +361,5 @@ def test_presets():
     assert recommended.adapter.b_init == "zeros" and recommended.method.stop_gradient_teacher_weight
     for preset in PRESETS.values():
         config, params, outputs, features, batch = random_case(**dataclasses.asdict(preset.method))
-        loss, _ = move_kd.objective(params, outputs, features, batch, config)
+        loss, _ = evaluate(params, outputs, features, batch, config)
         assert np.isfinite(loss)
