@@ -122,6 +122,11 @@ class FeaturesConfig:
     shard_records: int = option(256, "Records a shard.")
     batch: int = option(16, "Pictures a step of extraction.")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the experts, without the sizes that a spec ``name:size`` may carry."""
+        return tuple(spec.partition(":")[0] for spec in self.experts)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:

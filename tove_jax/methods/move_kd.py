@@ -195,7 +195,7 @@ def teachers(config: Config) -> tuple[str, ...]:
     Raises:
       InputError: CLIP is not among them.
     """
-    names, clip = config.features.experts, config.method.clip_expert
+    names, clip = config.features.names, config.method.clip_expert
     if clip not in names:
         raise InputError(f"config.features.experts: MoVE-KD needs '{clip}' (config.method.clip_expert), found {names}")
     return (clip, *[name for name in names if name != clip])
