@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -142,3 +143,16 @@ def test_living_writers_are_left_alone(tmp_path):
         assert outer.exists() and inner.exists()
     atomic_write_bytes(tmp_path / "a", b"x")
     assert other.exists() and elsewhere.exists()
+
+
+def test_many_writers_of_one_folder(tmp_path):
+    def write(number):
+        for _ in range(5):
+            with atomic_folder(tmp_path / "out") as folder:
+                (folder / "a").write_text(str(number))
+                (folder / "b").write_text(str(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == (tmp_path / "out" / "b").read_text()

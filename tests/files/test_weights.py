@@ -196,6 +196,39 @@ def test_truncated_at_any_length(tmp_path, name):
             read_arrays(tmp_path / "cut.pt")
 
 
+@pytest.mark.parametrize("name", ["zip.pt", "legacy.pt"])
+def test_any_damage_is_an_input_error(tmp_path, name):
+    # Whatever the bytes say, the only error is InputError, and no memory is taken that the file does not hold.
+    random, data = np.random.default_rng(0), (GOLDENS / name).read_bytes()
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(data)
+        for place in random.integers(0, len(data), random.integers(1, 4)):
+            damaged[place] = random.integers(256)
+        (tmp_path / "bad.pt").write_bytes(damaged)
+        try:
+            read_arrays(tmp_path / "bad.pt")
+        except InputError:
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("writer", [write_zip, write_legacy])
+def test_a_huge_memo_index_takes_no_memory(tmp_path, writer):
+    writer(tmp_path / "w.bin", b"\x80\x02}r\xff\xff\xff\x7f.")  # LONG_BINPUT 2**31 - 1: 32 GB of slots
+    with pytest.raises(InputError, match="memo index 2147483647"):
+        read_arrays(tmp_path / "w.bin")
+
+
+def test_lists_that_hold_each_other_take_no_time(tmp_path):
+    content: list = []
+    for _ in range(30):
+        content = [content] * 10
+    write_zip(tmp_path / "w.pt", pickle.dumps(content, 2))
+    with pytest.raises(InputError, match="entries"):
+        read_arrays(tmp_path / "w.pt")
+
+
 def test_flipped_byte_in_an_archive(tmp_path):
     data = bytearray((GOLDENS / "zip.pt").read_bytes())
     place = data.find(np.arange(24, dtype=np.float64).tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -211,7 +212,11 @@ FAULTS = {
     "config that is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "expected one of model.safetensors"),
-    "broken view": (lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": "x"}'), "mean"),
+    "broken feature": (lambda f: rewrite_config(f, vision_feature_layer=0), "vision_feature_layer is 0"),
+    "broken view": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"size": 28, "image_mean": "x"}'),
+        "image processor",
+    ),
 }
 
 
@@ -258,3 +263,33 @@ def test_locate(tmp_path):
     for name in ("/no/such/folder", "./x", "a/b/c", ""):
         with pytest.raises(InputError, match="expected a folder"):
             locate(name if name else tmp_path / "no such")
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_hub_id(tmp_path, make_student, make_params, monkeypatch, pickled):
+    hub = pytest.importorskip("huggingface_hub")
+    student = make_student("none")
+    save_start(config_of(student), make_params(student), tmp_path)
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, "pytorch_model*.bin*" in allow_patterns))
+        assert not any(pattern.endswith((".py", "*")) and "bin" not in pattern for pattern in allow_patterns)
+        if pickled and len(asked) == 1:
+            (tmp_path / "model.safetensors").rename(tmp_path / "kept")
+        if pickled and len(asked) == 2:
+            (tmp_path / "kept").rename(tmp_path / "model.safetensors")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    fields, _ = load_clip("someone/some-clip")
+    assert fields["initialize"] == "someone/some-clip" and fields["width"] == 32
+    assert asked == [("someone/some-clip", False)] + [("someone/some-clip", True)] * pickled
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("layers/-2", -2), ("layers/0", 1), ("layers/2", 3)])
+def test_feature_is_counted_as_transformers_does(tmp_path, make_student, make_params, ours, theirs):
+    student = dataclasses.replace(make_student("none"), feature=ours)
+    export_student(config_of(student), make_params(student), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["vision_feature_layer"] == theirs
+    assert import_student(tmp_path)[0]["feature"] == ours

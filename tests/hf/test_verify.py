@@ -13,7 +13,7 @@ from tove_jax.cli.main import main
 from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 from tove_jax.hf.export import export_student, save_start
-from tove_jax.hf.verify import verify
+from tove_jax.hf.verify import VerifyReport, _compare, verify
 from tove_jax.models import vit
 
 PICTURES = [np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)]
@@ -140,3 +140,23 @@ def test_command(exported, spoilt, capsys, no_torch):
     assert main(["verify", str(spoilt / "none")]) == 2
     with pytest.raises(InputError, match="no such folder"):
         verify(spoilt / "none")
+
+
+def test_a_tied_router_is_told_and_excuses_one_picture_only(tmp_path):
+    ours = {"hidden_states[0]": np.zeros((3, 2))}
+    theirs = {"hidden_states[0]": np.array([[0.0, 1e-5], [0.0, 1.0], [0.0, 0.0]])}
+    tied, clear = np.array([1e-3, 1e-7, 1e-3]), np.array([1e-3, 1e-3, 1e-7])
+    report = VerifyReport(tmp_path, tmp_path)
+    _compare(report, ours, theirs, tied)
+    assert report.ok and report.differences["hidden_states[0]"] == 1e-5
+    assert report.notes == ["picture 1 left out: a router's two best differ by 1.0e-07 only"]
+    for margins in (clear, None):
+        report = VerifyReport(tmp_path, tmp_path)
+        _compare(report, ours, theirs, margins)
+        assert not report.ok
+    report = VerifyReport(tmp_path, tmp_path)
+    _compare(report, ours, {"hidden_states[0]": np.ones((3, 2))}, np.full(3, 1e-9))
+    assert not report.ok
+    report = VerifyReport(tmp_path, tmp_path)
+    _compare(report, ours, {"hidden_states[0]": np.full((3, 2), np.nan)}, None)
+    assert not report.ok

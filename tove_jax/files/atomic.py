@@ -155,8 +155,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         _clean_up(path)
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: expected a folder or nothing, found a file")
-        temporary, old = _temporary(path, "tmp"), _temporary(path, "old")
-        _active.update((temporary.name, old.name))
+        temporary = _temporary(path, "tmp")
+        names = {temporary.name}
+        _active.add(temporary.name)
         try:
             temporary.mkdir()
             yield temporary
@@ -164,18 +165,27 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                 for name in files:
                     _sync(Path(folder) / name)
                 _sync(Path(folder))
-            if path.exists():
-                os.rename(path, old)
-                try:
-                    os.rename(temporary, path)
-                except OSError:
-                    os.rename(old, path)
-                    raise
-            else:
-                os.rename(temporary, path)
+            while not _moved(temporary, path):
+                old = _temporary(path, "old")
+                names.add(old.name)
+                _active.add(old.name)
+                with contextlib.suppress(FileNotFoundError):  # another writer has just moved it away
+                    os.rename(path, old)
             _sync(path.parent)
         finally:
             _remove(temporary)
-            if path.exists():
-                _remove(old)
-            _active.difference_update((temporary.name, old.name))
+            for name in names:
+                if path.exists():
+                    _remove(path.parent / name)
+            _active.difference_update(names)
+
+
+def _moved(source: Path, target: Path) -> bool:
+    """Renames a folder; returns False where a folder that is not empty stands in the way."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True

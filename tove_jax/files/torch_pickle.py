@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import collections
 import io
+import itertools
 import math
+import mmap
+import os
 import pickle
+import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +29,7 @@ from tove_jax.errors import InputError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_LEGACY_PICKLE_LIMIT = 256 * 2**20
+_LARGEST_VISIT = 1_000_000
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 _STORAGES = {
@@ -143,7 +147,7 @@ class _Unpickler(pickle.Unpickler):
             return _Dtype(_DTYPES[name])
         if (module, name) == ("torch", "Size"):
             return tuple
-        raise _Refused(f"{module}.{name}")
+        raise _Refused(f"{module}.{name}"[:120])
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
@@ -182,27 +186,47 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with open(path, "rb") as stream:
-            if zipfile.is_zipfile(stream):
-                stream.seek(0)
-                return _named(path, *_read_zip(path, stream))
+            zipped = stream.read(4) == b"PK\x03\x04"
             stream.seek(0)
-            return _named(path, *_read_legacy(path, stream))
+            if zipped:
+                return _named(path, *_read_zip(path, stream))
+            if not os.fstat(stream.fileno()).st_size:
+                raise InputError(f"{path}: expected a PyTorch weights file, found an empty file")
+            # A memory map: no read can ask for more memory than the file is long.
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                return _named(path, *_read_legacy(path, mapped))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _unpickle(path: Path, stream: BinaryIO, storages: dict[str, _Storage]) -> Any:
+def _cut_pickle(stream: Any) -> bytes:
+    """Returns the next pickle's bytes, its opcodes read through without doing anything they say.
+
+    A damaged index of the unpickler's memo would make it allocate that many slots, and a damaged length
+    that many bytes; both are found here first.
+    """
+    start, slots = stream.tell(), 0
+    for opcode, argument, _ in pickletools.genops(stream):
+        slots += 1
+        memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if memo and not (isinstance(argument, int) and 0 <= argument <= slots):
+            raise ValueError(f"memo index {str(argument)[:20]} after {slots} operations")
+    end = stream.tell()
+    stream.seek(start)
+    return stream.read(end - start)
+
+
+def _unpickle(path: Path, stream: Any, storages: dict[str, _Storage]) -> Any:
     try:
-        return _Unpickler(stream, storages).load()
+        return _Unpickler(io.BytesIO(_cut_pickle(stream)), storages).load()
     except _Refused as error:
         raise InputError(
             f"{path}: refused: the pickle asks for {error}, expected tensors only; nothing of it was run"
         ) from None
-    except OSError:
-        raise
     except Exception as error:  # a hostile pickle can raise nearly anything
         raise InputError(
-            f"{path}: expected a PyTorch weights file, found a broken pickle: {type(error).__name__}: {error}"
+            f"{path}: expected a PyTorch weights file, found a broken pickle: "
+            f"{type(error).__name__}: {str(error)[:200]}"
         ) from error
 
 
@@ -234,12 +258,14 @@ def _read_zip(path: Path, stream: BinaryIO) -> tuple[Any, str]:
                         f"{path}: storage record {name} has {records[name].file_size} bytes, expected {expected}"
                     )
                 storage.data = archive.read(name)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
-        raise InputError(f"{path}: damaged PyTorch archive: {error}") from error
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # zipfile raises many kinds for one cause: a damaged archive
+        raise InputError(f"{path}: damaged PyTorch archive: {type(error).__name__}: {error}") from error
     return content, order
 
 
-def _read_legacy(path: Path, stream: BinaryIO) -> tuple[Any, str]:
+def _read_legacy(path: Path, stream: Any) -> tuple[Any, str]:
     magic = _unpickle(path, stream, {})
     if magic != _LEGACY_MAGIC or isinstance(magic, bool):
         raise InputError(f"{path}: expected a PyTorch weights file, found another pickle")
@@ -285,7 +311,7 @@ def _array(path: Path, name: str, tensor: _Tensor, order: str) -> np.ndarray:
         and (tensor.dtype is None or isinstance(tensor.dtype, np.dtype))
     )
     if not sound:
-        raise InputError(f"{path}: tensor {name!r} is malformed: shape {shape!r}, strides {strides!r}")
+        raise InputError(f"{path}: tensor {name!r} is malformed: shape {str(shape)[:80]}, strides {str(strides)[:80]}")
     dtype = tensor.dtype or storage.dtype
     available = len(storage.data) // dtype.itemsize
     count = math.prod(shape)
@@ -296,6 +322,8 @@ def _array(path: Path, name: str, tensor: _Tensor, order: str) -> np.ndarray:
             f"reaches beyond its storage of {available} elements"
         )
     if not count:
+        if any(size >= 2**31 for size in shape):
+            raise InputError(f"{path}: tensor {name!r} is malformed: shape {shape}")
         return np.zeros(shape, dtype)
     flat = np.frombuffer(storage.data, dtype.newbyteorder(">") if order == "big" and dtype.itemsize > 1 else dtype)
     steps = tuple(stride * dtype.itemsize for stride in strides)
@@ -312,8 +340,11 @@ def _named(path: Path, content: Any, order: str) -> dict[str, np.ndarray]:
                 content = content[wrapper]
                 break
     arrays: dict[str, np.ndarray] = {}
+    visits = itertools.count()
 
-    def visit(name: str, value: Any, join: Callable[[str, Any], str], depth: int) -> None:
+    def visit(name: str, value: Any, depth: int) -> None:
+        if next(visits) > _LARGEST_VISIT:  # a few lists that hold each other can stand for any number
+            raise InputError(f"{path}: more than {_LARGEST_VISIT} entries")
         if depth > 32:
             raise InputError(f"{path}: nested deeper than 32 at {name[:80]!r}")
         if isinstance(value, _Tensor):
@@ -322,15 +353,15 @@ def _named(path: Path, content: Any, order: str) -> dict[str, np.ndarray]:
             arrays[name] = _array(path, name, value, order)
         elif isinstance(value, Mapping):
             for key, item in value.items():
-                visit(join(name, key), item, join, depth + 1)
+                visit(join(name, key), item, depth + 1)
         elif isinstance(value, list | tuple):
             for index, item in enumerate(value):
-                visit(join(name, index), item, join, depth + 1)
+                visit(join(name, index), item, depth + 1)
 
     def join(name: str, key: Any) -> str:
         return f"{name}.{key}" if name else str(key)
 
-    visit("" if not isinstance(content, _Tensor) else "tensor", content, join, 0)
+    visit("" if not isinstance(content, _Tensor) else "tensor", content, 0)
     if not arrays:
         raise InputError(f"{path}: expected tensors, found none")
     return arrays

@@ -70,7 +70,7 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
 
 
 def _fields(expert: Any) -> dict[str, Any]:
-    return dataclasses.asdict(expert) if dataclasses.is_dataclass(expert) else dict(expert)
+    return dict(expert) if isinstance(expert, Mapping) else dataclasses.asdict(expert)
 
 
 def _cell(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -163,7 +164,7 @@ def released(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {re.sub(r"\.mlp\.(fc[12])\.", r".mlp.original_module.\1.", name): a for name, a in arrays.items()}
 
 
-def adapter_fields(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> dict[str, object]:
+def adapter_fields(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> dict[str, Any]:
     """Reads the number of experts, rank and site from canonical names and shapes.
 
     Returns:

@@ -46,8 +46,8 @@ def hf_config(student: StudentConfig) -> dict[str, Any]:
         "layer_norm_eps": student.norm_epsilon,
         "attention_dropout": 0.0,
     }
-    if student.feature.startswith("layers/"):
-        config["vision_feature_layer"] = int(student.feature.split("/")[1])
+    layer = int(student.feature.removeprefix("layers/"))
+    config["vision_feature_layer"] = layer if layer < 0 else layer + 1  # transformers: the embedding is 0
     if not plain:
         config |= {"auto_map": AUTO_MAP, "adapter": dataclasses.asdict(student.adapter)}
     return config

@@ -13,6 +13,7 @@ import numpy as np
 
 from tove_jax.config import door
 from tove_jax.config.schema import AdapterConfig, StudentConfig, ViewConfig
+from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.files.weights import read_arrays
 from tove_jax.hf import clip, rules
@@ -34,7 +35,6 @@ _VISION_DEFAULTS: dict[str, Any] = {
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _HUB_FILES = ("config.json", "preprocessor_config.json")
-_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor_config.json stores them
 
 
 def locate(folder_or_hub_id: str | Path) -> Path:
@@ -119,7 +119,6 @@ def read_student(folder: Path) -> StudentConfig:
         if not isinstance(config.get("adapter"), dict):
             raise InputError(f"{path}: field adapter is missing, expected the settings of the LoRA experts")
         adapter = config["adapter"]
-    feature = config.get("vision_feature_layer", -2)
     values = {
         **door.thaw(StudentConfig()).to_dict(),
         "image_size": _side(path, "image_size", vision["image_size"]),
@@ -130,7 +129,7 @@ def read_student(folder: Path) -> StudentConfig:
         "mlp_width": vision["intermediate_size"],
         "activation": vision["hidden_act"],
         "norm_epsilon": vision["layer_norm_eps"],
-        "feature": f"layers/{feature}" if isinstance(feature, int) else "layers/-2",
+        "feature": _read_feature(path, config.get("vision_feature_layer", -2)),
         "view": dataclasses.asdict(_read_view(folder / "preprocessor_config.json")),
         "adapter": adapter,
     }
@@ -157,16 +156,20 @@ def _side(path: Path, name: str, value: Any) -> Any:
 def _read_view(path: Path) -> ViewConfig:
     if not path.is_file():
         return ViewConfig()
-    fields = read_json(path)
-    fit = fields.get("tove_fit") or ("crop" if fields.get("do_center_crop", True) else "squash")
-    default = ViewConfig()
-    values = {
-        "fit": fit,
-        "interpolation": _FILTERS.get(fields.get("resample", 3), "bicubic"),
-        "mean": tuple(fields.get("image_mean") or default.mean),
-        "std": tuple(fields.get("image_std") or default.std),
-    }
-    return door.freeze(values, ViewConfig, str(path))
+    try:
+        view = View.from_preprocessor(read_json(path), str(path))
+    except (TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: expected the settings of an image processor: {error}") from error
+    return ViewConfig(fit=view.fit, interpolation=view.interpolation, mean=view.mean, std=view.std)
+
+
+def _read_feature(path: Path, layer: Any) -> str:
+    """Returns our name of transformers' hidden state `layer`, which counts the embedding as 0."""
+    if not isinstance(layer, int) or isinstance(layer, bool) or layer == 0:
+        raise InputError(f"{path}: vision_feature_layer is {layer!r}, expected a number other than 0")
+    return f"layers/{layer - 1 if layer > 0 else layer}"
 
 
 def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -108,12 +108,16 @@ def verify(
         _check_params(report, loaded, params)
     pictures = list(_photographs() if pictures is None else pictures)[:4]
     size = student.image_size
-    rng = np.random.default_rng(0)
-    pixels = [rng.normal(size=(2, size, size, 3)).astype(np.float32)]
-    view = View(size, fit=student.view.fit, interpolation=student.view.interpolation,
-                mean=student.view.mean, std=student.view.std)  # fmt: skip
-    pixels += [view.normalize(view.cut(picture))[None] for picture in pictures]
-    pixels = np.concatenate(pixels)
+    preprocessor = folder / "preprocessor_config.json"
+    view = View.of_student(student)
+    if preprocessor.is_file():
+        view = View.from_preprocessor(read_json(preprocessor), str(preprocessor))
+    if view.size != size:
+        report.notes.append(f"the image processor gives {view.size} pixels a side, the model takes {size}")
+        view, pictures = View.of_student(student), []
+    noise = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    cut = [view.normalize(view.cut(picture))[None] for picture in pictures]
+    pixels = np.concatenate([noise, *cut])
     ours, margins = _run_jax(student, loaded, pixels)
     for name, value in ours.items():
         if not np.isfinite(value).all():
