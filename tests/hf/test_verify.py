@@ -160,3 +160,11 @@ def test_a_tied_router_is_told_and_excuses_one_picture_only(tmp_path):
     report = VerifyReport(tmp_path, tmp_path)
     _compare(report, ours, {"hidden_states[0]": np.full((3, 2), np.nan)}, None)
     assert not report.ok
+
+
+@pytest.mark.parametrize(("value", "ok"), [(0.5, False), (300.0, True)])
+def test_tolerance_is_relative_for_large_values(tmp_path, value, ok):
+    report = VerifyReport(tmp_path, tmp_path)
+    ours = {"pooler_output": np.full((1, 2), value)}
+    _compare(report, ours, {"pooler_output": ours["pooler_output"] + 2e-3}, None)
+    assert report.ok == ok
