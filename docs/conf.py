@@ -10,8 +10,7 @@ author = "the tove_jax authors"
 copyright = author
 release = re.search(r'__version__ = "(.+)"', (ROOT / "tove_jax/__init__.py").read_text())[1]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["dollarmath"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
