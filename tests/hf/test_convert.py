@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from tove_jax.cli.export import export_run
 from tove_jax.cli.main import main
-from tove_jax.config.schema import Config, FeaturesConfig
+from tove_jax.config.schema import Config, DataConfig, FeaturesConfig
 from tove_jax.errors import InputError
 from tove_jax.hf.export import export_student, save_start
 from tove_jax.hf.load import import_student, load_clip
@@ -49,12 +51,20 @@ def test_export_of_a_run(tmp_path, make_student, make_params, assert_same, monke
 
     student = make_student()
     params = make_params(student)
-    config = Config(title="Run", student=student, features=FeaturesConfig(experts=("clip", "hed:112", "unknown")))
+    (tmp_path / "pictures").mkdir()
+    for number in range(6):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+    config = Config(
+        title="Run",
+        student=student,
+        features=FeaturesConfig(experts=("clip", "hed:112")),
+        data=DataConfig(source="folder", path=str(tmp_path / "pictures"), held_out=0.5),
+    )
     asked = []
 
     def load_student(workdir, step=None):
         asked.append((workdir, step))
-        return config, {"student": params, "method": {}}, {"step": 5, "expert/hed:112": "abcd" * 16}
+        return config, {"student": params, "method": {}}, {"step": 5, "expert/hed": "abcd" * 16}
 
     monkeypatch.setattr(checkpoint, "load_student", load_student)
     (tmp_path / "metrics.json").write_text(json.dumps({"eval/knn/student": 0.5}))
@@ -62,10 +72,13 @@ def test_export_of_a_run(tmp_path, make_student, make_params, assert_same, monke
     assert asked == [(tmp_path, None)]
     assert_same(import_student(tmp_path / "export")[1], params)
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
-    for part in ("| steps | 5 |", "`eval/knn/student` | 0.5", "abcdabcdabcdabcd", "MIT", "unknown"):
-        assert part in card
-    assert export_run(config, tmp_path, step=3, output=tmp_path / "x") == tmp_path / "x"
+    for part in ("| steps | 5 |", "`eval/knn/student` | 0.5", "abcdabcdabcdabcd", "MIT", "trained on", "none: random"):
+        assert part in card, part
+    assert str(tmp_path) not in card
+    gone = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(tmp_path / "gone")))
+    assert export_run(gone, tmp_path, step=3, output=tmp_path / "x") == tmp_path / "x"
     assert asked[-1] == (tmp_path, 3)
+    assert "trained on," not in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
     (tmp_path / "metrics.json").write_text("[")
     with pytest.raises(InputError, match="metrics.json: expected JSON"):
-        export_run(config, tmp_path)
+        export_run(None, tmp_path)

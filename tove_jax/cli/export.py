@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from tove_jax.config.schema import Config
+from tove_jax.errors import InputError
 
 HELP = "write the trained student as a Hugging Face folder that transformers loads"
 TAKES_CONFIG = True
@@ -22,11 +27,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def export_run(config, workdir: Path, *, step: int | None = None, output: Path | None = None) -> Path:
+def export_run(config: Config | None, workdir: Path, *, step: int | None = None, output: Path | None = None) -> Path:
     """Exports a run's student with all that is known of it.
 
     Args:
-      config: the run's settings as asked for now; the checkpoint's own settings decide the model.
+      config: where things lie on this machine; the checkpoint's own settings decide the model. None:
+        everything as stored.
       workdir: the run's folder; its metrics.json, if any, goes to the model card.
       step: checkpoint; the newest when None.
       output: target folder; ``<workdir>/export`` when None.
@@ -37,22 +43,55 @@ def export_run(config, workdir: Path, *, step: int | None = None, output: Path |
     Raises:
       InputError: no checkpoint, or the folder cannot be written.
     """
-    from tove_jax.experts import registry
+    from tove_jax.eval.run import with_stored_settings
     from tove_jax.hf.export import export_student
     from tove_jax.hf.load import read_json
     from tove_jax.train.checkpoint import load_student
 
-    saved, params, provenance = load_student(workdir, step)
-    known = registry.cards()
-    experts = []
-    for spec in saved.features.experts:
-        name = spec.partition(":")[0]
-        card = vars(known[name]) if name in known else {"name": name}
-        experts.append({**card, "name": spec, "weights_hash": provenance.get(f"expert/{spec}", "")})
-    metrics = Path(workdir) / "metrics.json"
-    told = {"step": provenance.get("step"), "experts": experts, "data": provenance.get("data")}
-    if metrics.is_file():
-        told["metrics"] = read_json(metrics)
-    folder = output or Path(workdir) / "export"
-    export_student(saved, params.get("student", params), folder, provenance=told)
+    workdir = Path(workdir)
+    stored, params, provenance = load_student(workdir, step)
+    settings = with_stored_settings(stored, config)
+    told = {
+        "step": provenance.get("step"),
+        "experts": _experts(settings, workdir, provenance),
+        "data": _data(settings),
+    }
+    if (workdir / "metrics.json").is_file():
+        told["metrics"] = read_json(workdir / "metrics.json")
+    folder = output or workdir / "export"
+    export_student(stored, params["student"], folder, provenance=told)
     return folder
+
+
+def _experts(config: Config, workdir: Path, provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what is known of every expert of the run, with the hash of its weights."""
+    from tove_jax.experts import registry
+    from tove_jax.experts.extract import chosen_experts
+    from tove_jax.experts.run import expert_cards
+
+    try:
+        cards = expert_cards(config, workdir)
+    except InputError:  # its package or the start is not on this machine; the published card is
+        cards = {}
+    known, experts = registry.cards(), []
+    for name, spec in chosen_experts(config).items():
+        card = dict(vars(cards.get(name) or known[name]))
+        if name == "clip":
+            # Not the path of the machine that trained.
+            start = Path(config.student.initialize)
+            card["weights"] = (start.name if start.is_dir() else str(start)) if config.student.initialize else "random"
+            card["licence"] = card["licence"] if config.student.initialize else "none: random weights"
+        hashed = provenance.get(f"expert/{name}", "")
+        experts.append({**card, "name": spec, "weights_hash": hashed})
+    return experts
+
+
+def _data(config: Config) -> dict[str, Any] | None:
+    """Returns name, licence and numbers of the pictures, or None where they are not on this machine."""
+    from tove_jax.eval.predictors import run_folder_source
+
+    try:
+        source, train, held_out = run_folder_source(config)
+    except InputError:
+        return None
+    return {"name": source.name, "licence": source.licence, "train": len(train), "held_out": len(held_out)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tove_jax.config.schema import Config
@@ -34,7 +36,7 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
     names = ", ".join(expert.get("title") or expert["name"] for expert in experts) or "no recorded experts"
     front = ["library_name: transformers", "pipeline_tag: image-feature-extraction"]
     front += ["tags:", "- clip", "- vision", "- knowledge-distillation", "- tove_jax"]
-    if student.initialize.count("/") == 1 and not student.initialize.startswith((".", "/", "~", "runs/")):
+    if _is_hub_id(student.initialize):
         front += [f"base_model: {json.dumps(student.initialize)}"]
     parts = [
         "---\n" + "\n".join(front) + "\n---",
@@ -52,7 +54,7 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
                 ),
                 ("LoRA experts", _adapter_line(config) if has_experts else "none: a plain `CLIPVisionModel`"),
                 ("distilled feature", f"`{student.feature}`, patch tokens"),
-                ("start", f"`{student.initialize}`" if student.initialize else "random weights"),
+                ("start", f"`{_start(student.initialize)}`" if student.initialize else "random weights"),
                 ("weights hash", f"`{weights_hash}`"),
             ],
         ),
@@ -67,6 +69,15 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
         "`tove verify FOLDER` loads this folder in JAX and, where torch is installed, in transformers, and compares.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w\-][\w.\-]*/[\w.\-]+", name)) and not Path(name).exists()
+
+
+def _start(name: str) -> str:
+    """Returns a hub id as it is, and only the last part of a folder on the machine that trained."""
+    return name if _is_hub_id(name) else Path(name).name
 
 
 def _fields(expert: Any) -> dict[str, Any]:
