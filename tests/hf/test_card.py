@@ -21,7 +21,16 @@ def test_card_tells_experts_licences_numbers(make_student):
         "step": 77,
         "experts": [expert, other],
         "data": {"name": "OpenMoji", "licence": "CC BY-SA 4.0", "train": 90, "held_out": 30},
-        "metrics": {"eval/knn/student": 0.58125, "steps": 3, "note": "not a number", "flag": True},
+        "metrics": {
+            "eval/knn/student": 0.58125,
+            "eval/knn/student_low": 0.55,
+            "eval/knn/student_high": 0.61,
+            "eval/knn/student_std": 0.02,
+            "gate_low": 4.0,
+            "steps": 3,
+            "note": "not a number",
+            "flag": True,
+        },
     }
     text = model_card(Config(title="My tower", student=student), "f00d", provenance)
     for part in (
@@ -32,14 +41,15 @@ def test_card_tells_experts_licences_numbers(make_student):
         "OpenMoji (90 trained on, 30 held out)",
         "CC BY-SA 4.0",
         "| steps | 77 |",
-        "| `eval/knn/student` | 0.5813 |",
+        "| `eval/knn/student` | 0.5813 (0.55 to 0.61) |",
+        "| `gate_low` | 4 |",
         "3 of rank 4, alpha 1, top1 routing",
         "trust_remote_code=True",
         "outputs.hidden_states[-2][:, 1:]",
         "`f00d`",
     ):
         assert part in text, part
-    assert "not a number" not in text and "flag" not in text
+    assert "student_low" not in text and "student_std" not in text and "not a number" not in text and "flag" not in text
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "transformers" and front["base_model"] == "openai/clip-vit-base-patch32"
 

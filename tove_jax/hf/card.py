@@ -150,9 +150,21 @@ def _training(config: Config, provenance: Mapping[str, Any]) -> list[tuple[Any, 
 
 
 def _numbers(metrics: Mapping[str, Any]) -> str:
-    rows = [
-        (f"`{name}`", f"{value:.4g}" if isinstance(value, float) else value)
+    """Returns a table; ``x_low`` and ``x_high`` become the interval of ``x``, and ``x_std`` is left out."""
+    numbers = {
+        name: value
         for name, value in sorted(metrics.items())
         if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-    return _table(("metric", "value"), rows) if rows else "None recorded."
+    }
+    rows = []
+    for name, value in numbers.items():
+        stem = re.sub(r"_(low|high|std)$", "", name)
+        if stem != name and stem in numbers:
+            continue
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        if f"{name}_low" in numbers and f"{name}_high" in numbers:
+            text += f" ({numbers[f'{name}_low']:.4g} to {numbers[f'{name}_high']:.4g})"
+        rows.append((f"`{name}`", text))
+    if not rows:
+        return "None recorded."
+    return _table(("metric", "value, with its 95 % interval where there is one"), rows)
