@@ -18,6 +18,7 @@ from tove_jax.data.picture import PictureSource
 from tove_jax.data.view import View
 from tove_jax.eval.feature_error import TokenError
 from tove_jax.eval.runner import Predictor
+from tove_jax.experts.run import standardized
 from tove_jax.experts.store import FeatureStore
 from tove_jax.models import vit
 
@@ -185,6 +186,7 @@ def feature_errors(
         patches = student(chosen)[:, 1:]
         for name, store in stores.items():
             features = store.features([source.ids[index] for index in chosen])
+            features = standardized(config, name, store.manifest, features)
             errors[name].add(patches, np.asarray(target(method_params.get(name), features, patches)))
     measured = {name: error.relative() for name, error in errors.items()}
     return {name: value for name, value in measured.items() if np.isfinite(value)}

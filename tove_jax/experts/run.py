@@ -8,8 +8,9 @@ from typing import Any
 from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 from tove_jax.experts import registry
-from tove_jax.experts.base import ExpertCard
+from tove_jax.experts.base import ExpertCard, ExpertFeatures
 from tove_jax.experts.extract import chosen_experts, store_path
+from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.store import FeatureStore
 from tove_jax.hf.start import start_folder
 
@@ -61,3 +62,20 @@ def open_stores(config: Config, workdir: Path, *, flip: bool = False) -> dict[st
         store.manifest.require(path, expert=name, view=card.view.flipped() if flip else card.view, shapes=shapes)
         stores[name] = store
     return stores
+
+
+def standardized(config: Config, name: str, manifest: Manifest, features: ExpertFeatures) -> ExpertFeatures:
+    """Brings an expert's patches to the scale that methods see (``features.standardize``; ours).
+
+    The expert `clip` is left as it is: it lives in the student's own space.
+
+    Args:
+      config: the run's settings.
+      name: of the expert.
+      manifest: of its store, whose statistics are of the whole store.
+      features: decoded, NumPy or traced.
+    """
+    if config.features.standardize == "none" or name == "clip" or manifest.statistics is None:
+        return features
+    mean, std = manifest.statistics.mean, max(manifest.statistics.std, 1e-6)
+    return features._replace(patches=(features.patches - mean) / std)

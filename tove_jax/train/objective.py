@@ -14,6 +14,7 @@ from tove_jax.config.schema import Config
 from tove_jax.data.view import View
 from tove_jax.experts.codecs import decode_features
 from tove_jax.experts.manifest import Manifest
+from tove_jax.experts.run import standardized
 from tove_jax.models import vit
 from tove_jax.train.step import Batch, Loss
 
@@ -40,7 +41,10 @@ def make_loss(config: Config, manifests: dict[str, Manifest]) -> Loss:
     method = methods.get(config.method.name)
 
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        features = {name: decode_features(manifests[name], payload) for name, payload in batch["features"].items()}
+        features = {
+            name: standardized(config, name, manifests[name], decode_features(manifests[name], payload))
+            for name, payload in batch["features"].items()
+        }
         pixels = view.normalize(batch["pixels"])
         outputs = method.forward(student, params, pixels, features, config, key)
         return method.objective(params["method"], outputs, features, batch, config)
