@@ -102,8 +102,12 @@ def pictures(count: int = 3) -> tuple[PictureMaps, ...]:
             side = 8 if name in ("init", "student", "clip") else 14
             colours = generator.integers(0, 255, (side, side, 3)).astype(np.uint8)
             panels.append(Panel(name, "components", colours, f"components of {name}", name))
-        origin = "held-out drawing" if number else "photograph"
-        result.append(PictureMaps(f"p{number}", f"<picture> & number {number}", origin, image, tuple(panels)))
+        origin = "held out" if number else "photograph"
+        result.append(
+            PictureMaps(
+                f"p{number}", f"<picture> & number {number}", origin, "CC0 (someone)", image, tuple(panels)
+            )
+        )
     return tuple(result)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import scipy.linalg
 import scipy.optimize
 import scipy.special
 
@@ -62,23 +63,40 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float, *, iterations: int 
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 1e-12, scale, 1.0)
     inputs = (features - mean) / scale
+    directions, rotated, variances = _principal_axes(inputs)
+    # In these axes, scaled so, the loss curves about the same in every direction (0.1 is a usual value
+    # of p (1 - p)): tens of solver steps instead of hundreds, to the same minimum.
+    curvature = np.sqrt(0.1 * variances + l2)
+    rotated, penalty = rotated / curvature, l2 / curvature[:, None] ** 2
+    width = rotated.shape[1]
     targets = np.eye(classes)[labels]
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights, bias = flat[: width * classes].reshape(width, classes), flat[width * classes :]
-        log_probabilities = scipy.special.log_softmax(inputs @ weights + bias, axis=1)
-        loss = -(targets * log_probabilities).sum() / count + l2 / 2 * (weights**2).sum()
+        log_probabilities = scipy.special.log_softmax(rotated @ weights + bias, axis=1)
+        loss = -(targets * log_probabilities).sum() / count + (penalty * weights**2).sum() / 2
         error = (np.exp(log_probabilities) - targets) / count
-        gradient = inputs.T @ error + l2 * weights
+        gradient = rotated.T @ error + penalty * weights
         return loss, np.concatenate([gradient.reshape(-1), error.sum(axis=0)])
 
     start = np.zeros((width + 1) * classes)
-    solved = scipy.optimize.minimize(
-        objective,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": iterations, "gtol": 1e-6, "ftol": 1e-12},
-    )
-    weights = solved.x[: width * classes].reshape(width, classes)
+    options = {"maxiter": iterations, "gtol": 1e-5, "ftol": 1e-13}
+    solved = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+    weights = directions @ (solved.x[: width * classes].reshape(width, classes) / curvature[:, None])
     return LinearProbe(mean, scale, weights, solved.x[width * classes :])
+
+
+def _principal_axes(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the axes (D, k) that the rows (n, D) span, the rows in them (n, k), and variances (k,).
+
+    The penalty is the same in any rotation and pulls what lies outside the rows' span to zero, so
+    nothing is lost; k is at most the smaller of n and D.
+    """
+    count, width = inputs.shape
+    tall = count >= width
+    values, vectors = scipy.linalg.eigh(inputs.T @ inputs if tall else inputs @ inputs.T)
+    kept = values > 1e-10 * max(float(values[-1]), 1e-30)
+    values, vectors = values[kept], vectors[:, kept]
+    if tall:
+        return vectors, inputs @ vectors, values / count
+    return inputs.T @ (vectors / np.sqrt(values)), vectors * np.sqrt(values), values / count

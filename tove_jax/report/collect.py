@@ -41,7 +41,8 @@ class PictureMaps:
     Attributes:
       id: of the record, or of the photograph.
       caption: in words.
-      origin: where it comes from, e.g. ``held-out drawing``.
+      origin: its kind, e.g. ``held out`` or ``photograph``.
+      licence: its own.
       image: uint8 (S, S, 3), the square that all networks saw.
       panels: in the order of the page.
     """
@@ -49,6 +50,7 @@ class PictureMaps:
     id: str
     caption: str
     origin: str
+    licence: str
     image: np.ndarray
     panels: tuple[Panel, ...]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,8 +40,9 @@ def colour_ramp(values: np.ndarray) -> np.ndarray:
 def principal_components(features: np.ndarray) -> np.ndarray:
     """Colours patch features by their first three principal components over all pictures given.
 
-    Each component is scaled from its 1st to its 99th percentile, and its sign is fixed by its
-    largest loading, so that the same features always give the same colours.
+    The components are shared by the pictures; each is scaled within a picture from its 1st to its
+    99th percentile, but never stretched beyond a tenth of its range over all pictures. Its sign is
+    fixed by its largest loading, so that the same features always give the same colours.
 
     Args:
       features: (B, H, W, D), any D from 1.
@@ -51,22 +52,26 @@ def principal_components(features: np.ndarray) -> np.ndarray:
     """
     rows = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
     rows = rows - rows.mean(axis=0)
+    patches = len(rows) // len(features)
     values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
     values, directions = values[::-1][:3], vectors.T[::-1][:3]
     count = int((values > 1e-12 * max(float(values[0]), 1e-30)).sum())
     directions = directions[:count]
     largest = np.abs(directions).argmax(axis=1)
     directions = directions * np.sign(directions[np.arange(count), largest])[:, None]
-    scores = rows @ directions.T
-    low, high = np.percentile(scores, [1, 99], axis=0)
-    scaled = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
-    colours = np.full((len(rows), 3), 0.5)
-    colours[:, :count] = scaled
+    scores = (rows @ directions.T).reshape(len(features), patches, count)
+    if not count:
+        return np.full((*features.shape[:-1], 3), 128, np.uint8)
+    whole = np.diff(np.percentile(scores, [1, 99], axis=(0, 1)), axis=0)
+    low, high = np.percentile(scores, [1, 99], axis=1, keepdims=True)
+    middle, reach = (low + high) / 2, np.maximum(high - low, np.maximum(0.1 * whole, 1e-12))
+    colours = np.full((*scores.shape[:2], 3), 0.5)
+    colours[..., :count] = np.clip((scores - middle) / reach + 0.5, 0, 1)
     return (255 * colours).round().astype(np.uint8).reshape(*features.shape[:-1], 3)
 
 
 def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Lays patch weights over a picture: grey picture below, weights as colour above.
+    """Lays patch weights over a picture: a dim grey picture that glows where the weight is.
 
     Args:
       image: uint8 (S, S, 3).
@@ -79,9 +84,10 @@ def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
     scaled = (255 * weights / top if top > 0 else np.zeros_like(weights)).astype(np.uint8)
     size = (image.shape[1], image.shape[0])
     heat = np.asarray(Image.fromarray(scaled).resize(size, Image.Resampling.BICUBIC), np.float64) / 255
-    grey = np.asarray(Image.fromarray(image).convert("L"), np.float64)[..., None] / 255
-    # The picture stays visible everywhere: it shades the colour of its weight.
-    return (colour_ramp(heat) * (0.35 + 0.65 * grey)).round().astype(np.uint8)
+    grey = 38 + 0.42 * np.asarray(Image.fromarray(image).convert("L"), np.float64)[..., None]
+    alpha = 0.9 * heat[..., None]
+    glow = colour_ramp(0.3 + 0.7 * heat)
+    return ((1 - alpha) * grey + alpha * glow).round().astype(np.uint8)
 
 
 def square(image: np.ndarray, side: int = SIDE) -> np.ndarray:
@@ -122,7 +128,15 @@ def _expert_outputs(expert: Expert, images: Sequence[np.ndarray]) -> tuple[Any, 
     return wrap(expert.apply)(expert.params, pixels), extras
 
 
-def choose_pictures(source: Any, held_out: Sequence[int], count: int) -> list[tuple[Picture, str]]:
+class Chosen(NamedTuple):
+    """A picture for the report, with its kind and licence."""
+
+    picture: Picture
+    origin: str
+    licence: str
+
+
+def choose_pictures(source: Any, held_out: Sequence[int], count: int) -> list[Chosen]:
     """Picks held-out pictures spread over the source, and scikit-image's photographs where installed.
 
     Args:
@@ -131,10 +145,12 @@ def choose_pictures(source: Any, held_out: Sequence[int], count: int) -> list[tu
       count: of each kind at most.
 
     Returns:
-      Pictures with where they come from.
+      Held-out pictures first.
     """
     step = max(1, len(held_out) // max(1, count))
-    chosen = [(source[int(index)], f"held out, {source.name}") for index in list(held_out)[::step][:count]]
+    chosen = [
+        Chosen(source[int(index)], "held out", source.licence) for index in list(held_out)[::step][:count]
+    ]
     try:
         from tove_jax.data.photographs import PhotographSource
 
@@ -142,7 +158,7 @@ def choose_pictures(source: Any, held_out: Sequence[int], count: int) -> list[tu
     except InputError:
         return chosen
     return chosen + [
-        (photographs[index], f"photograph, {photographs.licences[index]}")
+        Chosen(photographs[index], "photograph", photographs.licences[index])
         for index in range(min(count, len(photographs)))
     ]
 
@@ -152,7 +168,7 @@ def make_maps(
     params: Mapping[str, Any],
     start: Any,
     workdir: Path,
-    pictures: Sequence[tuple[Picture, str]],
+    pictures: Sequence[Chosen],
 ) -> tuple[PictureMaps, ...]:
     """Runs the student, its start and every expert on a few pictures.
 
@@ -161,7 +177,7 @@ def make_maps(
       params: the trained parameters, with ``student``.
       start: the start's parameters, a plain CLIP tree.
       workdir: the run's folder, where the `clip` expert's start lies.
-      pictures: with where each comes from.
+      pictures: which ones.
 
     Returns:
       One entry a picture.
@@ -169,13 +185,13 @@ def make_maps(
     Raises:
       InputError: an expert's weights are not there.
     """
-    images = [square(picture.image) for picture, _ in pictures]
+    images = [square(picture.image) for picture, *_ in pictures]
     view = View.of_student(config.student)
     pixels = np.stack([view.cut(image) for image in images])
     panels: list[list[Panel]] = [[] for _ in pictures]
 
     def add(group: Any, column: str, colour: str, maps: Sequence[np.ndarray], alt: str) -> None:
-        for own, (picture, _), image in zip(panels, pictures, maps, strict=True):
+        for own, (picture, *_), image in zip(panels, pictures, maps, strict=True):
             own.append(Panel(column, group, image, f"{alt} of {picture.caption or picture.id}", colour))
 
     def add_attention(column: str, colour: str, attention: np.ndarray) -> None:
@@ -208,6 +224,6 @@ def make_maps(
             maps = [np.asarray(one.resize((SIDE, SIDE))) for one in shown]
             add("components", f"{title}: {extra}", name, maps, f"{extra} by {title}")
     return tuple(
-        PictureMaps(picture.id, picture.caption or picture.id, origin, image, tuple(own))
-        for (picture, origin), image, own in zip(pictures, images, panels, strict=True)
+        PictureMaps(picture.id, picture.caption or picture.id, origin, licence, image, tuple(own))
+        for (picture, origin, licence), image, own in zip(pictures, images, panels, strict=True)
     )

@@ -251,7 +251,7 @@ def _router(run: RunData) -> dict[str, Any] | None:
         return None
     rows = [
         {
-            "layer": layer,
+            "layer": str(int(layer)) if layer.isdigit() else layer,
             "values": [last.get((layer, expert), 0.0) for expert in experts],
             "keys": [f"router/load/{layer}/{expert}" for expert in experts],
         }
@@ -317,6 +317,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             result[prefix + str(name)] = value if isinstance(value, str) else json.dumps(value, default=str)
     return result
+
+
+def _photographs(pictures: Sequence[PictureMaps]) -> dict[str, list[str]]:
+    """Returns the captions of the photographs shown, by licence."""
+    found: dict[str, list[str]] = {}
+    for picture in pictures:
+        if picture.origin == "photograph":
+            found.setdefault(picture.licence, []).append(picture.caption)
+    return found
 
 
 def _lead(run: RunData) -> str:
@@ -387,6 +396,7 @@ def render(run: RunData) -> str:
         attention=_gallery(run.pictures, "attention", run.experts),
         components=_gallery(run.pictures, "components", run.experts),
         settings=_settings(run),
+        photographs=_photographs(run.pictures),
         provenance=_flat(run.provenance),
         colours={name: colour(name, run.experts) for name in run.experts},
         display_name=display_name,
