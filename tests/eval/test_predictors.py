@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ class Source:
 
 class Store:
     """The part of a feature store that evaluation uses."""
+
+    manifest = types.SimpleNamespace(statistics=types.SimpleNamespace(mean=0.5, std=2.0))
 
     def __init__(self, patches: np.ndarray, summary: np.ndarray | None = None) -> None:
         self.patches, self.summary = patches, summary
@@ -156,10 +159,17 @@ def test_feature_errors_by_their_definition(params, source, tokens):
     adapter = move_kd.encoder_adapter(CONFIG.method, 4, 12)
     trained = {"other": adapter.init(jax.random.key(1), jnp.asarray(other[:1]))["params"]}
     stores = {"clip": Store(clip.astype(np.float32)), "other": Store(other)}
-    found = predictors.feature_errors(CONFIG, trained, tokens, source, stores, everyone)
-    targets = {"clip": clip.reshape(10, 4, 12), "other": adapter.apply({"params": trained["other"]}, other)}
-    for name, target in targets.items():
-        target = np.asarray(target, np.float64)
-        expected = ((student - target) ** 2).sum() / ((target - target.mean(0)) ** 2).sum()
-        np.testing.assert_allclose(found[name], expected, rtol=1e-4)
-    assert found["clip"] < 1 < found["other"]
+    for standardize, seen in (("none", other), ("global", (other - 0.5) / 2)):
+        config = dataclasses.replace(
+            CONFIG, features=FeaturesConfig(("clip", "other"), standardize=standardize)
+        )
+        found = predictors.feature_errors(config, trained, tokens, source, stores, everyone)
+        targets = {
+            "clip": clip.reshape(10, 4, 12),
+            "other": adapter.apply({"params": trained["other"]}, seen),
+        }
+        for name, target in targets.items():
+            target = np.asarray(target, np.float64)
+            expected = ((student - target) ** 2).sum() / ((target - target.mean(0)) ** 2).sum()
+            np.testing.assert_allclose(found[name], expected, rtol=1e-4)
+        assert found["clip"] < 1 < found["other"]
