@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
-
-# Read by huggingface_hub and transformers when first imported, which is inside tests only.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tove_jax_modules_")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
-
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +14,11 @@ import pytest
 
 from tove_jax.config.schema import AdapterConfig, StudentConfig
 from tove_jax.hf import clip, rules
+
+# Read by huggingface_hub and transformers when first imported, which is inside tests only.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tove_jax_modules_")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 
