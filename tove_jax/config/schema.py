@@ -96,6 +96,38 @@ class MoveKDConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ToVEConfig:
+    """ToVE's transfer phase. Its paper prints the residual and the gate; every size, start and option is ours."""
+
+    name: Literal["tove"] = option("tove", "Selects this method.")
+    attach_all: bool = option(True, "Attach every expert of `features.experts`; off: those of `attached` alone.")
+    attached: tuple[str, ...] = option(
+        (), "Names of the attached experts, read when `attach_all` is off; a detached expert is neither read nor run."
+    )
+    map_experts: tuple[str, ...] = option(
+        (), "Names of the experts whose patches are a dense map of 1 to 3 channels; they get a convolutional stem. Ours."
+    )
+    stem_width: int = option(768, "Width w of a stem: its convolutions have w/8, w/4, w/2 and w channels. Ours.")
+    stem_groups: int = option(8, "Groups of a stem's group norms; divides w/8. Ours.")
+    hidden: int = option(768, "Hidden width of the projector. Ours.")
+    norm: Literal["none", "layer"] = option("none", "Norm of each expert's tokens before its first layer. Ours.")
+    zero_init: bool = option(False, "The projector's second layer starts at zero: step 0 equals CLIP. Ours.")
+    scale: float = option(1.0, "Factor on the routed knowledge before it is added. Ours.")
+    gate_init: Literal["zeros", "linear"] = option(
+        "zeros", "The gate starts uniform, or as torch.nn.Linear draws. Ours."
+    )
+    noise: bool = option(False, "Train with noise N(0, 1/K^2) on the gate's logits, and a load term in the loss. Ours.")
+    expert_drop: float = option(
+        0.0, "Chance that an expert is left out of a picture while training; one always stays. Ours."
+    )
+    text_weight: float = option(1.0, "Weight of the text loss; 0: no caption head, and captions are not read.")
+    aux_weight: float = option(0.01, "Weight of the load-balance loss. Ours.")
+    vocabulary: int = option(1024, "Words the caption head tells apart, the training captions' commonest. Ours.")
+    vocabulary_count: int = option(2, "Times a word must occur in the training captions to be one of them. Ours.")
+    caption_words: int = option(16, "Words of a caption that are read at most. Ours.")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where pictures come from and how they are split."""
 
@@ -192,7 +224,7 @@ class Config:
 
     title: str = option("", "What this run is, for reports and model cards.")
     student: StudentConfig = section(StudentConfig, "The encoder that learns.")
-    method: MoveKDConfig = section(MoveKDConfig, "The method, chosen by its `name`.")
+    method: MoveKDConfig | ToVEConfig = section(MoveKDConfig, "The method, chosen by its `name`.")
     data: DataConfig = section(DataConfig, "Pictures.")
     features: FeaturesConfig = section(FeaturesConfig, "Experts and their features.")
     optim: OptimConfig = section(OptimConfig, "Optimiser.")
