@@ -5,7 +5,12 @@ A method is a module of pure functions and one table:
 - ``init_extra(config, contracts, student_tokens, rng) -> params`` that train beside the student;
 - ``forward(student, params, pixels, features, config, key) -> outputs``, the student's passes;
 - ``objective(params, outputs, features, batch, config) -> (loss, metrics)``;
-- ``LOGICAL_AXES``, first-match rules for the parameters that `init_extra` makes.
+- ``LOGICAL_AXES``, first-match rules for the parameters that `init_extra` makes;
+- ``tokens(student, params, pixels, features, config) -> (B, N, D)``, the patch tokens of the encoder as
+  it is deployed, from pixels and the features of its deployed experts;
+- ``training_experts(config)``, names of the experts whose features training reads, and
+  ``deployed_experts(config)``, of those that must run beside the encoder when it is deployed;
+- ``vocabulary(config, captions) -> Vocabulary | None``, the words of captions that `objective` reads.
 """
 
 from __future__ import annotations
@@ -13,9 +18,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from tove_jax.errors import InputError, nearest
-from tove_jax.methods import move_kd
+from tove_jax.methods import move_kd, tove
 
-METHODS: dict[str, ModuleType] = {"move_kd": move_kd}
+METHODS: dict[str, ModuleType] = {"move_kd": move_kd, "tove": tove}
 
 
 def get(name: str) -> ModuleType:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from tove_jax.adapters import encoder_adapter as encoder_adapters
 from tove_jax.adapters.encoder_adapter import EncoderAdapter
 from tove_jax.adapters.mole import balance_loss
 from tove_jax.config.schema import Config, MoveKDConfig
+from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
 from tove_jax.experts.base import ExpertCard, ExpertFeatures
 from tove_jax.models.vit import VisionTransformer, encode
@@ -81,6 +83,36 @@ def forward(
     del features
     wanted = requested_intermediates(config)
     return encode(student, params["student"], pixels, wanted, key)
+
+
+def tokens(
+    student: VisionTransformer,
+    params: dict[str, Any],
+    pixels: jax.Array,
+    features: dict[str, ExpertFeatures],
+    config: Config,
+) -> jax.Array:
+    """Returns the student's patch tokens (B, N, D) as deployed; no expert's features are read."""
+    del features
+    name = config.student.feature
+    return encode(student, params["student"], pixels, (name,))[name][:, 1:]
+
+
+def training_experts(config: Config) -> tuple[str, ...]:
+    """Returns the experts whose features training reads: all of them."""
+    return teachers(config)
+
+
+def deployed_experts(config: Config) -> tuple[str, ...]:
+    """Returns no expert: what they taught is in the student."""
+    del config
+    return ()
+
+
+def vocabulary(config: Config, captions: Sequence[str | None]) -> Vocabulary | None:
+    """Returns None: this method reads no captions."""
+    del config, captions
+    return None
 
 
 def init_extra(config: Config, contracts: dict[str, ExpertCard], student_tokens: int, rng: jax.Array) -> dict[str, Any]:
