@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tove_jax.adapters.mole import MoleFactory, balance_loss
+from tove_jax.adapters.lora import AdapterFactory
+from tove_jax.adapters.mole import MoLE, balance_loss
 from tove_jax.models.vit import VisionTransformer
 from tove_jax.parallel import flat_paths
 
@@ -114,7 +115,7 @@ def test_equals_released_mole_tower(routing, tree_from_torch, goldens):
         act=config["hidden_act"],
     )
     fields = dict(experts=experts, rank=config["lora_rank"], alpha=config["lora_alpha"], routing=routing)
-    model = build(case, adapter=MoleFactory(tuple(fields.items())))
+    model = build(case, adapter=AdapterFactory(MoLE, fields))
 
     def part(prefix):
         return {name.removeprefix(prefix): value for name, value in golden.items() if name.startswith(prefix)}

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 
-from tove_jax.adapters.initializers import kaiming_relu, torch_linear
+from tove_jax.adapters import router as routers
+from tove_jax.adapters.lora import AdapterFactory, LoraWeights, apply_lora
+from tove_jax.adapters.router import Router
 from tove_jax.config.schema import AdapterConfig
 from tove_jax.errors import InputError, nearest
 
-REPORTS = ("router_probs", "router_choice", "router_probs_mean", "router_choice_mean", "router_entropy")
+REPORTS = tuple(f"router_{kind}" for kind in routers.KINDS)
 
 LOGICAL_AXES = (
     (r"(.*/)?layers/mlp/adapter/router/kernel", ("layers", "embed", "expert")),
@@ -32,53 +33,6 @@ LOGICAL_AXES = (
     (r"(.*/)?layers/mlp/adapter/down/b_bias", ("layers", "expert", "mlp")),
     (r"(.*/)?layers/mlp/adapter/(up|ffn)/b_bias", ("layers", "expert", "embed")),
 )
-
-
-class LoraExperts(nn.Module):
-    """E low-rank maps ``scale * B_e(A_e(z))``, both with bias, summed with a weight for each.
-
-    Attributes:
-      features: output width d_out.
-      experts: number of experts E.
-      rank: rank r of each.
-      scale: factor on the sum, LoRA's alpha / rank.
-      b_init: ``kaiming`` as released, or ``zeros``, where the map starts as zero.
-      dtype: compute dtype; parameters are float32.
-    """
-
-    features: int
-    experts: int
-    rank: int
-    scale: float
-    b_init: Literal["kaiming", "zeros"] = "kaiming"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, z: jax.Array, gate: jax.Array) -> jax.Array:
-        """Applies the experts.
-
-        Args:
-          z: (..., d_in).
-          gate: (..., E), the weight of each expert.
-
-        Returns:
-          (..., d_out): ``sum_e gate_e * scale * (B_e(A_e z + a_e) + b_e)``.
-        """
-        width, experts, rank = z.shape[-1], self.experts, self.rank
-        b_init = kaiming_relu(rank) if self.b_init == "kaiming" else nn.initializers.zeros
-        a_kernel = self.param("a_kernel", kaiming_relu(width), (width, experts, rank))
-        a_bias = self.param("a_bias", nn.initializers.zeros, (experts, rank))
-        b_kernel = self.param("b_kernel", b_init, (experts, rank, self.features))
-        b_bias = self.param("b_bias", nn.initializers.zeros, (experts, self.features))
-        gate = gate * self.scale
-        z, gate, a_kernel, a_bias, b_kernel, b_bias = promote_dtype(
-            z, gate, a_kernel, a_bias, b_kernel, b_bias, dtype=self.dtype
-        )
-        hidden = z @ a_kernel.reshape(width, experts * rank) + a_bias.reshape(experts * rank)
-        hidden = hidden.reshape(*z.shape[:-1], experts, rank) * gate[..., None]
-        # The gate rides along as E more rows of the rank, whose B is the bias.
-        hidden = jnp.concatenate([hidden.reshape(*z.shape[:-1], experts * rank), gate], axis=-1)
-        return hidden @ jnp.concatenate([b_kernel.reshape(experts * rank, self.features), b_bias])
 
 
 class MoLE(nn.Module):
@@ -153,15 +107,13 @@ class MoLE(nn.Module):
             if name not in REPORTS:
                 raise InputError(f"MoLE: no report '{name}'{nearest(name, REPORTS)}; reports: {', '.join(REPORTS)}")
         probs = Router(self.experts, self.dtype, name="router")(x)
-        choice = jax.nn.one_hot(jnp.argmax(probs, axis=-1), self.experts, dtype=probs.dtype)
-        gate = self._gate(probs, choice)
+        choice = routers.choose(probs)
+        gate = probs if self.routing == "dense" else routers.top1_gate(probs, choice, self.router_gradient)
 
         def lora(name: str, z: jax.Array, features: int) -> jax.Array:
             z = nn.Dropout(self.dropout, deterministic=deterministic, name=f"{name}_dropout")(z)
-            experts = LoraExperts(
-                features, self.experts, self.rank, self.alpha / self.rank, self.b_init, self.dtype, name=name
-            )
-            return experts(z, gate)
+            weights = LoraWeights(z.shape[-1], features, self.experts, self.rank, self.b_init, bias=True, name=name)
+            return apply_lora(weights(), z, gate, self.alpha / self.rank, self.dtype)
 
         if self.site == "linears":
             hidden = first(x)
@@ -169,53 +121,7 @@ class MoLE(nn.Module):
             y = second(hidden) + lora("up", hidden, x.shape[-1])
         else:
             y = second(activation(first(x))) + lora("ffn", x, x.shape[-1])
-        return y, _report(probs, choice, reports)
-
-    def _gate(self, probs: jax.Array, choice: jax.Array) -> jax.Array:
-        if self.routing == "dense":
-            return probs
-        if self.router_gradient == "straight_through":
-            # The difference first, so that the factor is one exactly.
-            return choice * (1 + (probs - jax.lax.stop_gradient(probs)))
-        return choice
-
-
-class Router(nn.Module):
-    """One Linear and a softmax, initialised as ``torch.nn.Linear``.
-
-    Attributes:
-      experts: E.
-      dtype: dtype of the product's operands; logits and softmax are float32 at the least.
-    """
-
-    experts: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns probabilities (..., E) for tokens (..., D)."""
-        width = x.shape[-1]
-        kernel = self.param("kernel", torch_linear(width), (width, self.experts))
-        bias = self.param("bias", torch_linear(width), (self.experts,))
-        precise = jnp.promote_types(self.dtype, jnp.float32)
-        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-        logits = jnp.matmul(x, kernel, preferred_element_type=precise) + bias.astype(precise)
-        return jax.nn.softmax(logits, axis=-1)
-
-
-def _report(probs: jax.Array, choice: jax.Array, reports: frozenset[str]) -> dict[str, jax.Array]:
-    found = {}
-    if "router_probs" in reports:
-        found["router_probs"] = probs
-    if "router_choice" in reports:
-        found["router_choice"] = choice
-    if "router_probs_mean" in reports:
-        found["router_probs_mean"] = probs.mean(axis=-2)
-    if "router_choice_mean" in reports:
-        found["router_choice_mean"] = choice.mean(axis=-2)
-    if "router_entropy" in reports:
-        found["router_entropy"] = jax.scipy.special.entr(probs).sum(axis=-1).mean(axis=-1)
-    return found
+        return y, routers.report("router_", probs, choice, reports)
 
 
 def balance_loss(probs_mean: jax.Array, choice_mean: jax.Array, pool: Literal["all", "layer"] = "all") -> jax.Array:
@@ -236,7 +142,7 @@ def balance_loss(probs_mean: jax.Array, choice_mean: jax.Array, pool: Literal["a
     return (probs_mean * choice_mean).sum(axis=-1).mean(axis=0)
 
 
-def from_config(config: AdapterConfig, dtype: Any) -> Callable[..., nn.Module] | None:
+def from_config(config: AdapterConfig, dtype: Any) -> AdapterFactory | None:
     """Returns a factory ``(name=...) -> MoLE`` for the student's blocks, or None for no adapter."""
     if config.kind == "none":
         return None
@@ -251,21 +157,4 @@ def from_config(config: AdapterConfig, dtype: Any) -> Callable[..., nn.Module] |
         "router_gradient": config.router_gradient,
         "dtype": dtype,
     }
-    return MoleFactory(tuple(fields.items()))
-
-
-class MoleFactory:
-    """Builds equal MoLEs; hashable and comparable, so that modules holding it cache in jit."""
-
-    def __init__(self, fields: tuple[tuple[str, Any], ...]):
-        self.fields = fields
-
-    def __call__(self, **more: Any) -> MoLE:
-        """Returns a MoLE with these fields; ``name`` and ``parent`` may be given."""
-        return MoLE(**dict(self.fields), **more)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MoleFactory) and self.fields == other.fields
-
-    def __hash__(self) -> int:
-        return hash(self.fields)
+    return AdapterFactory(MoLE, fields)

@@ -30,10 +30,16 @@ class ViewConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA experts in every MLP of the student (MoLE, MoVE-KD section 3)."""
+    """LoRA experts in every MLP of the student: MoVE-KD's MoLE or HAWAII's MoLA. Defaults are MoVE-KD's."""
 
-    kind: Literal["none", "mole"] = option("mole", "`none` leaves a plain CLIP tower.")
-    experts: int = option(3, "Number of LoRA experts E. [code]")
+    kind: Literal["none", "mole", "mola"] = option(
+        "mole", "`none` leaves a plain CLIP tower; `mole`: one group and router; `mola`: teachers' and general experts."
+    )
+    experts: int = option(3, "Number of LoRA experts E of `mole`. [code]")
+    teacher_experts: int = option(0, "Teacher-specific experts N_t of `mola`; 0: one for each expert of the run. [paper]")
+    general_experts: int = option(3, "General experts N_g of `mola`; 0 leaves them and their router out. [paper]")
+    router_width: int = option(256, "Hidden width of `mola`'s two routers. Ours.")
+    dora: bool = option(False, "`mola`: DoRA in place of LoRA, every expert with magnitudes of its own; site `linears`.")
     rank: int = option(32, "Rank of each expert. [code]")
     alpha: float = option(1.0, "LoRA scale is alpha / rank. [code]")
     dropout: float = option(0.05, "Dropout before A while training. [code]")
@@ -93,6 +99,35 @@ class MoveKDConfig:
     balance_weight: float = option(0.01, "Weight of the balance loss. [code]")
     balance_pool: Literal["all", "layer"] = option("all", "Pool the balance loss over all layers, or a layer at a time. [code: all]")
     kd_on_text_only: bool = option(True, "Distil on rows without a picture too. [code: on]")
+
+
+@dataclasses.dataclass(frozen=True)
+class HawaiiConfig:
+    """HAWAII's objective. No code is public: what the paper does not print is ours."""
+
+    name: Literal["hawaii"] = option("hawaii", "Selects this method.")
+    coarse: bool = option(True, "The coarse-grained term; off is the paper's ablation. [paper]")
+    token_scoring: bool = option(True, "Score tokens in the fine-grained term; off: uniform, the ablation. [paper]")
+    stop_gradient_token_score: bool = option(
+        False, "Detach the token scores; then nothing trains the text head. Ours: off."
+    )
+    clip_expert: str = option("clip", "Name of the expert that `clip_target` is about. Ours.")
+    clip_target: Literal["mlp", "raw"] = option(
+        "mlp", "CLIP's fine-grained target: through its head, or its tokens as they are, an anchor against collapse. Ours."
+    )
+    unshuffle: Literal["space_to_depth", "resize"] = option(
+        "space_to_depth",
+        "Bring a teacher's grid to a multiple k of the student's and move k x k cells into channels, or only resize. Ours.",
+    )
+    head_width: int = option(0, "Hidden width of the heads; 0: the student's width. Ours.")
+    instruction_width: int = option(0, "Width of the instruction's token embeddings; 0: no text head, teacher rows alone.")
+    instruction_tokens: int = option(512, "Instruction tokens that are read at most. Ours.")
+    kd_weight: float = option(0.5, "lambda_1, weight of the sum of both distillation terms. [paper]")
+    balance_weight: float = option(0.05, "lambda_2, weight of the balance loss. [paper]")
+    balance_pool: Literal["batch", "row"] = option(
+        "batch", "Take the load over the tokens of the whole batch, or of a row at a time. Ours."
+    )
+    kd_on_text_only: bool = option(False, "Distil and balance on rows without a picture too. Ours: off.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +259,17 @@ class Config:
 
     title: str = option("", "What this run is, for reports and model cards.")
     student: StudentConfig = section(StudentConfig, "The encoder that learns.")
-    method: MoveKDConfig | ToVEConfig = section(MoveKDConfig, "The method, chosen by its `name`.")
+    method: MoveKDConfig | HawaiiConfig | ToVEConfig = section(MoveKDConfig, "The method, chosen by its `name`.")
     data: DataConfig = section(DataConfig, "Pictures.")
     features: FeaturesConfig = section(FeaturesConfig, "Experts and their features.")
     optim: OptimConfig = section(OptimConfig, "Optimiser.")
     train: TrainConfig = section(TrainConfig, "Loop.")
     mesh: MeshConfig = section(MeshConfig, "Devices.")
     eval: EvalConfig = section(EvalConfig, "Evaluation.")
+
+    def __post_init__(self) -> None:
+        """Settles ``student.adapter.teacher_experts`` = 0, so that the student's settings alone tell its shape."""
+        adapter = self.student.adapter
+        if adapter.kind == "mola" and adapter.teacher_experts == 0:
+            settled = dataclasses.replace(adapter, teacher_experts=len(self.features.experts))
+            object.__setattr__(self, "student", dataclasses.replace(self.student, adapter=settled))

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tove_jax.adapters import encoder_adapter, mole
+from tove_jax.adapters import encoder_adapter, mola, mole
 from tove_jax.config.schema import StudentConfig
 from tove_jax.errors import InputError
 from tove_jax.models.attention import Implementation, attention, attention_row_scores
@@ -47,7 +47,7 @@ def logical_axes() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
 
     They cover the student, its adapters and the method's encoder adapters, under any prefix.
     """
-    return LOGICAL_AXES + mole.LOGICAL_AXES + encoder_adapter.LOGICAL_AXES
+    return LOGICAL_AXES + mole.LOGICAL_AXES + mola.LOGICAL_AXES + encoder_adapter.LOGICAL_AXES
 
 
 class Attention(nn.Module):
@@ -80,6 +80,16 @@ class Attention(nn.Module):
         return out(y), found
 
 
+class Linear(nn.Dense):
+    """A Dense whose output follows the given logical axes; adapters may read its kernel."""
+
+    axes: tuple[str | None, ...] = ()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (..., features)."""
+        return constrain(super().__call__(x), self.axes)
+
+
 class Mlp(nn.Module):
     """Two linears and an activation, run by the adapter where there is one."""
 
@@ -95,17 +105,14 @@ class Mlp(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         width = x.shape[-1]
         init = nn.initializers.normal
-        first = nn.Dense(self.mlp_width, dtype=self.dtype, kernel_init=init((2 * width) ** -0.5), name="fc1")
+        hidden = {"dtype": self.dtype, "kernel_init": init((2 * width) ** -0.5), "axes": ("batch", "tokens", "mlp")}
+        first = Linear(self.mlp_width, name="fc1", **hidden)
         second = nn.Dense(width, dtype=self.dtype, kernel_init=init(self.out_std), name="fc2")
-
-        def widen(z: jax.Array) -> jax.Array:
-            return constrain(first(z), ("batch", "tokens", "mlp"))
-
         act = ACTIVATIONS[self.activation]
         if self.adapter is None:
-            return second(act(widen(x))), {}
+            return second(act(first(x))), {}
         experts = self.adapter(name="adapter")
-        return experts(x, widen, act, second, inputs=adapter_inputs, deterministic=deterministic, reports=reports)
+        return experts(x, first, act, second, inputs=adapter_inputs, deterministic=deterministic, reports=reports)
 
 
 class Block(nn.Module):
@@ -182,7 +189,8 @@ class VisionTransformer(nn.Module):
       mlp_width: F.
       activation: ``quick_gelu`` or (exact) ``gelu``.
       norm_epsilon: of every layer norm.
-      adapter: factory ``(name=...) -> module`` called as `tove_jax.adapters.mole.MoLE` is, or None.
+      adapter: factory ``(name=...) -> module`` called as `tove_jax.adapters.mole.MoLE` is, or None; the
+        MLP's own maps that it is given are bound `flax.linen.Dense`.
       dtype: compute dtype; norm statistics and softmax are float32 at the least.
       attention: see `tove_jax.models.attention.choose`.
       remat: ``none``; ``dots`` keeps the products with weights and computes the rest of a layer
@@ -441,7 +449,7 @@ def from_config(config: StudentConfig, dtype: Any = jnp.float32) -> VisionTransf
         mlp_width=config.mlp_width,
         activation=config.activation,
         norm_epsilon=config.norm_epsilon,
-        adapter=mole.from_config(config.adapter, dtype),
+        adapter=(mola if config.adapter.kind == "mola" else mole).from_config(config.adapter, dtype),
         dtype=dtype,
         attention=config.attention,
         remat=config.remat,
