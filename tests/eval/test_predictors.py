@@ -143,11 +143,12 @@ def test_experts_give_their_summary_or_their_mean_patch(source):
 def test_every_predictor_has_its_name_and_clip_is_pooled_like_the_start(params, views, source, tokens):
     patches, summary = np.ones((10, 2, 2, 12), np.float32), np.zeros((10, 12), np.float32)
     stores = {"clip": Store(patches, summary), "other": Store(patches, summary)}
-    found = predictors.build_predictors(CONFIG, params, tokens, views, source, stores)
+    student = predictors.pooled(tokens, "mean")
+    found = predictors.build_predictors(CONFIG, params, student, views, source, stores)
     assert list(found) == ["pixels", "init", "student", "clip", "other"]
     assert found["clip"]([0]).mean() == 1 and found["other"]([0]).mean() == 0
     cls = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, pool="cls"))
-    assert predictors.build_predictors(cls, params, tokens, views, source, stores)["clip"]([0]).mean() == 0
+    assert predictors.build_predictors(cls, params, student, views, source, stores)["clip"]([0]).mean() == 0
 
 
 def test_feature_errors_by_their_definition(params, source, tokens):
@@ -163,7 +164,7 @@ def test_feature_errors_by_their_definition(params, source, tokens):
         config = dataclasses.replace(
             CONFIG, features=FeaturesConfig(("clip", "other"), standardize=standardize)
         )
-        found = predictors.feature_errors(config, trained, tokens, source, stores, everyone)
+        found = predictors.feature_errors(config, trained, lambda chosen: tokens(chosen)[:, 1:], source, stores, everyone)
         targets = {
             "clip": clip.reshape(10, 4, 12),
             "other": adapter.apply({"params": trained["other"]}, seen),

@@ -41,8 +41,9 @@ def export_run(config: Config | None, workdir: Path, *, step: int | None = None,
       The folder written.
 
     Raises:
-      InputError: no checkpoint, or the folder cannot be written.
+      InputError: no checkpoint, an encoder that needs experts beside it, or the folder cannot be written.
     """
+    from tove_jax import methods
     from tove_jax.eval.run import with_stored_settings
     from tove_jax.hf.export import export_student
     from tove_jax.hf.load import read_json
@@ -50,6 +51,11 @@ def export_run(config: Config | None, workdir: Path, *, step: int | None = None,
 
     workdir = Path(workdir)
     stored, params, provenance = load_student(workdir, step)
+    if beside := methods.get(stored.method.name).deployed_experts(stored):
+        raise InputError(
+            f"{workdir}: this encoder needs its experts beside it ({', '.join(beside)}), which no plain folder holds; "
+            "merge them into one CLIP with `tove merge`, and export that"
+        )
     settings = with_stored_settings(stored, config)
     told = {
         "step": provenance.get("step"),

@@ -107,10 +107,12 @@ class _Assemble:
         ids: list[str],
         pixels: _Pixels,
         features: tuple[dict[str, _Features], ...],
+        captions: np.ndarray | None,
         seed: int,
     ):
         self.order, self.total, self.batch, self.rows = order, total, batch, rows
         self.indices, self.ids, self.pixels, self.features, self.seed = indices, ids, pixels, features, seed
+        self.captions = captions
 
     def side(self, epoch: int, position: int) -> int:
         """Returns 0 for the plain and 1 for the mirrored picture."""
@@ -138,7 +140,11 @@ class _Assemble:
                 one.read_into(arrays[expert], row, self.ids[position])
             mask[row] = True
             record[row] = self.indices[position]
-        return {"pixels": pixels, "features": arrays, "mask": mask, "record": record}
+        result = {"pixels": pixels, "features": arrays, "mask": mask, "record": record}
+        if self.captions is not None:
+            words = np.where(mask[:, None], self.captions[record], -1)
+            result |= {"captions": np.maximum(words, 0), "caption_mask": words >= 0}
+        return result
 
 
 class _Numbered:
@@ -192,6 +198,7 @@ def make_loader(
     batch: int,
     seed: int = 0,
     flip_readers: Mapping[str, FeatureReader] | None = None,
+    captions: np.ndarray | None = None,
     shuffle: bool = True,
     epochs: int | None = None,
     drop_remainder: bool = False,
@@ -207,7 +214,8 @@ def make_loader(
     ``pixels`` uint8 (b, size, size, 3), the student's cut, not normalised; ``features``
     {expert: payload with a leading b}; ``mask`` bool (b,), False for rows that only fill the last
     batch (zeros, record -1); ``record`` int32 (b,), index into ``source.ids``. Features are found by
-    picture id. Row r of process p is row ``p * b + r`` of the global batch.
+    picture id. With `captions` there are ``captions`` int32 (b, L) and ``caption_mask`` bool (b, L), which of
+    them are tokens. Row r of process p is row ``p * b + r`` of the global batch.
 
     With `flip_readers` each picture of each epoch is, by a hash of seed, epoch and record, plain or
     mirrored: then the student's pixels and all experts' features are those of the mirrored picture.
@@ -223,6 +231,8 @@ def make_loader(
       batch: global batch, a multiple of `process_count`.
       seed: of order and flips.
       flip_readers: features of the mirrored pictures, the same experts; None: never mirror.
+      captions: int32 (len(source), L), the tokens of each record's caption, -1 where there are no more;
+        None: none are given.
       shuffle: else in the order of `indices`.
       epochs: times over the pictures; None: without end.
       drop_remainder: leave an incomplete last batch out instead of filling it up.
@@ -268,6 +278,10 @@ def make_loader(
                     f"found {one.spec}"
                 )
         features.append(mirrored)
+    if captions is not None and (captions.ndim != 2 or len(captions) != len(source) or captions.dtype != np.int32):
+        raise InputError(
+            f"loader: captions: expected int32 ({len(source)}, L), found {captions.dtype} {captions.shape}"
+        )
 
     count, local, sides = len(indices), batch // process_count, len(features)
     picture_bytes = view.size * view.size * 3
@@ -293,6 +307,7 @@ def make_loader(
         ids,
         _Pixels(source, indices, view, keep=keep, sides=sides),
         tuple(features),
+        captions,
         seed,
     )
     record_bytes = picture_bytes + sum(

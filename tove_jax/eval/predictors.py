@@ -18,6 +18,7 @@ from tove_jax.data.picture import PictureSource
 from tove_jax.data.view import View
 from tove_jax.eval.feature_error import TokenError
 from tove_jax.eval.runner import Predictor
+from tove_jax.experts.codecs import decode_features
 from tove_jax.experts.run import standardized
 from tove_jax.experts.store import FeatureStore
 from tove_jax.models import vit
@@ -95,6 +96,79 @@ def encoder(config: Config, params: Any, views: Views, *, adapters: bool) -> Tok
     return tokens
 
 
+def deployed(
+    config: Config, params: Mapping[str, Any], views: Views, source: PictureSource, stores: Mapping[str, FeatureStore]
+) -> Tokens:
+    """Returns a function from picture numbers to the deployed encoder's patch tokens, float32 (n, N, D).
+
+    What the deployed encoder is, its method says: the student with its adapters, or CLIP enriched by the
+    attached experts, whose stored features are then read.
+
+    Args:
+      config: the run's settings; computes in float32 whatever it trained in.
+      params: ``{"student", "method"}``.
+      views: the pictures.
+      source: the pictures' ids.
+      stores: of the deployed experts at the least.
+    """
+    run, batch = deployed_batch(config, stores), config.eval.batch
+
+    def tokens(indices: list[int]) -> np.ndarray:
+        parts = []
+        for start in range(0, len(indices), batch):
+            chosen = indices[start : start + batch]
+            # Filled up to one shape, so that a short last batch does not compile again.
+            filled = chosen + chosen[-1:] * (batch - len(chosen))
+            found = run(params, views(filled), deployed_payloads(config, source, stores, filled))
+            parts.append(np.asarray(found)[: len(chosen)])
+        return np.concatenate(parts)
+
+    return tokens
+
+
+def deployed_payloads(
+    config: Config, source: PictureSource, stores: Mapping[str, FeatureStore], indices: list[int]
+) -> dict[str, Any]:
+    """Reads what the deployed experts' stores hold of some pictures, still encoded."""
+    names = methods.get(config.method.name).deployed_experts(config)
+    ids = [source.ids[index] for index in indices]
+    return {name: stores[name].read_batch(ids) for name in names}
+
+
+def deployed_batch(config: Config, stores: Mapping[str, FeatureStore]) -> Callable[[Any, Any, Any], jax.Array]:
+    """Returns the jitted ``(params, pixels uint8 (B, size, size, 3), payloads) -> tokens (B, N, D)``."""
+    method, module, view = (
+        methods.get(config.method.name),
+        vit.from_config(config.student),
+        View.of_student(config.student),
+    )
+    manifests = {name: stores[name].manifest for name in method.deployed_experts(config)}
+
+    @jax.jit
+    def run(params: Any, pixels: jax.Array, payloads: Any) -> jax.Array:
+        features = {
+            name: standardized(config, name, manifests[name], decode_features(manifests[name], payload))
+            for name, payload in payloads.items()
+        }
+        return method.tokens(module, params, view.normalize(pixels), features, config).astype(jnp.float32)
+
+    return run
+
+
+def student_predictor(config: Config, params: Any, views: Views, patches: Tokens) -> Predictor:
+    """Returns the student's picture feature: the mean of its deployed patch tokens, or its own CLS.
+
+    Args:
+      config: the run's settings; ``eval.pool`` decides.
+      params: the student's tree.
+      views: the pictures.
+      patches: what `deployed` returned.
+    """
+    if config.eval.pool == "cls":
+        return pooled(encoder(config, params, views, adapters=True), "cls")
+    return lambda indices: patches(indices).mean(axis=1)
+
+
 def pooled(tokens: Tokens, pool: str) -> Predictor:
     """Returns the picture feature of tokens: the mean of the patches, or CLS."""
     if pool == "cls":
@@ -123,7 +197,7 @@ def expert_predictor(store: FeatureStore, source: PictureSource, *, use_summary:
 def build_predictors(
     config: Config,
     start: Any,
-    student: Tokens,
+    student: Predictor,
     views: Views,
     source: PictureSource,
     stores: Mapping[str, FeatureStore],
@@ -136,7 +210,7 @@ def build_predictors(
     Args:
       config: the run's settings.
       start: the start's parameters, a plain CLIP tree.
-      student: the trained student's tokens.
+      student: the trained student's picture feature.
       views: the pictures.
       source: the pictures' ids.
       stores: of each expert.
@@ -145,10 +219,10 @@ def build_predictors(
     predictors = {
         "pixels": pixels_predictor(views),
         "init": pooled(encoder(config, start, views, adapters=False), pool),
-        "student": pooled(student, pool),
+        "student": student,
     }
     for name, store in stores.items():
-        summary = pool == "cls" if name == config.method.clip_expert else True
+        summary = pool == "cls" if name == "clip" else True
         predictors[name] = expert_predictor(store, source, use_summary=summary)
     return predictors
 
@@ -166,15 +240,18 @@ def feature_errors(
     Args:
       config: the run's settings; the method's ``target`` makes the targets.
       method_params: trained beside the student.
-      student: the trained student's tokens.
+      student: the trained student's patch tokens.
       source: the pictures' ids.
       stores: of each expert.
       indices: the held-out pictures.
 
     Returns:
-      ``{expert: error}``; an expert whose target never varies is left out.
+      ``{expert: error}``; an expert whose target never varies is left out. Empty for a method that has no
+      targets, since its experts are added and not imitated.
     """
     method = methods.get(config.method.name)
+    if not hasattr(method, "target"):
+        return {}
 
     @jax.jit
     def target(params: Any, features: Any, tokens: jax.Array) -> jax.Array:
@@ -183,7 +260,7 @@ def feature_errors(
     errors = {name: TokenError() for name in stores}
     for start in range(0, len(indices), config.eval.batch):
         chosen = indices[start : start + config.eval.batch]
-        patches = student(chosen)[:, 1:]
+        patches = student(chosen)
         for name, store in stores.items():
             features = store.features([source.ids[index] for index in chosen])
             features = standardized(config, name, store.manifest, features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,28 @@ def load_options(config: Config, workdir: Path, name: str) -> dict[str, Any]:
     return {"weights": start_folder(config, workdir), "feature": config.student.feature}
 
 
-def expert_cards(config: Config, workdir: Path) -> dict[str, ExpertCard]:
-    """Returns the card of every configured expert, as this run loads it.
+def expert_cards(config: Config, workdir: Path, only: Sequence[str] | None = None) -> dict[str, ExpertCard]:
+    """Returns the card of every configured expert, or of some, as this run loads it.
 
     Raises:
       InputError: an unknown expert, or one given twice.
     """
     return {
         name: registry.describe(spec, **load_options(config, workdir, name))
-        for name, spec in chosen_experts(config).items()
+        for name, spec in chosen_experts(config, only).items()
     }
 
 
-def open_stores(config: Config, workdir: Path, *, flip: bool = False) -> dict[str, FeatureStore]:
-    """Opens every configured expert's store and checks its view.
+def open_stores(
+    config: Config, workdir: Path, *, flip: bool = False, only: Sequence[str] | None = None
+) -> dict[str, FeatureStore]:
+    """Opens the configured experts' stores and checks their views.
 
     Args:
       config: the run's settings.
       workdir: the run's folder.
       flip: the stores of mirrored pictures.
+      only: names of the experts whose stores are opened; None: of all.
 
     Returns:
       name -> store.
@@ -53,7 +57,7 @@ def open_stores(config: Config, workdir: Path, *, flip: bool = False) -> dict[st
         view than this run's; both views and the field that differs are named.
     """
     stores = {}
-    for name, card in expert_cards(config, workdir).items():
+    for name, card in expert_cards(config, workdir, only).items():
         path = store_path(config, workdir, name, flip=flip)
         if not path.is_dir():
             raise InputError(f"{path}: no features of expert '{name}'; run `tove extract` with this config first")

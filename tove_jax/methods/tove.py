@@ -110,10 +110,16 @@ def init_extra(config: Config, contracts: dict[str, ExpertCard], student_tokens:
     """
     method, student, hub = config.method, config.student, config.features.names
     if student.adapter.kind != "none":
-        raise InputError(f"config.student.adapter.kind: ToVE's CLIP is frozen and plain: expected 'none', found '{student.adapter.kind}'")
-    moving = [path for path, factor in first_match(config.optim.groups, _CLIP_PATHS, "config.optim.groups").items() if factor is not None]
+        raise InputError(
+            "config.student.adapter.kind: ToVE's CLIP is frozen and plain: expected 'none', "
+            f"found '{student.adapter.kind}'"
+        )
+    factors = first_match(config.optim.groups, _CLIP_PATHS, "config.optim.groups")
+    moving = [path for path, factor in factors.items() if factor is not None]
     if moving:
-        raise InputError(f"config.optim.groups: ToVE's CLIP is frozen: expected ('student/.*', None), found {moving[0]} to train")
+        raise InputError(
+            f"config.optim.groups: ToVE's CLIP is frozen: expected ('student/.*', None), found {moving[0]} to train"
+        )
     deployed_experts(config)
     gate_key, second_key, head_key, *keys = jax.random.split(rng, 3 + len(hub))
     grid = student_grid(student_tokens)

@@ -20,12 +20,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from tove_jax import methods
 from tove_jax.config.schema import Config
 from tove_jax.data import make_source
 from tove_jax.data.loader import Loader, make_loader
 from tove_jax.data.picture import PictureSource
 from tove_jax.data.split import split
 from tove_jax.data.view import View
+from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
 from tove_jax.experts.extract import store_path
 from tove_jax.experts.manifest import Manifest
@@ -69,11 +71,15 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
             f"config.train.batch: {config.train.batch} does not divide into accumulation "
             f"{config.train.accumulation} x {shards} shards of the batch"
         )
-    stores = open_stores(config, workdir)
+    read = methods.get(config.method.name).training_experts(config)
+    stores = open_stores(config, workdir, only=read)
     manifests = {name: store.manifest for name, store in stores.items()}
-    source, loader = _make_loader(config, stores, open_stores(config, workdir, flip=True) if config.data.flip else None)
+    flipped = open_stores(config, workdir, flip=True, only=read) if config.data.flip else None
+    source, words, loader = _make_loader(config, stores, flipped)
     params, start_hash = initial_parameters(config, workdir, expert_cards(config, workdir))
     provenance = _provenance(config, workdir, manifests, start_hash)
+    if words is not None:
+        provenance["vocabulary"] = words.hash
     with jax.set_mesh(mesh):
         state, shardings, optimizer = initial_state(config, params, make_optimizer, mesh)
         check_replication(state.trainable, mesh, config.train.replicated_limit_mb)
@@ -85,6 +91,8 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
         if latest is not None:
             state, data_state = checkpoints.restore(latest, state)
             batches.set_state(data_state)
+        if words is not None and not jax.process_index():
+            words.write(workdir)
         _announce(config, state, mesh, latest)
         step = jax.jit(
             make_step(config, make_loss(config, manifests), optimizer),
@@ -102,9 +110,11 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
 
 def _make_loader(
     config: Config, stores: dict[str, FeatureStore], flipped: dict[str, FeatureStore] | None
-) -> tuple[PictureSource, Loader]:
+) -> tuple[PictureSource, Vocabulary | None, Loader]:
     source = make_source(config.data)
     sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
+    told = [source.captions[int(index)] for index in sides.train]
+    words = methods.get(config.method.name).vocabulary(config, told)
     loader = make_loader(
         source,
         sides.train,
@@ -113,21 +123,19 @@ def _make_loader(
         batch=config.train.batch,
         seed=config.train.seed,
         flip_readers=flipped,
+        captions=None if words is None else words.encode(source.captions),
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return source, loader
+    return source, words, loader
 
 
 def _provenance(config: Config, workdir: Path, manifests: dict[str, Manifest], start_hash: str) -> dict[str, Any]:
     """Returns the hash of every frozen weight behind the run, after checking that CLIP is the start."""
-    name = config.method.clip_expert
-    if name not in manifests:
-        raise InputError(f"config.features.experts: '{name}' (config.method.clip_expert) is missing")
-    if name == "clip":
-        manifests[name].require(store_path(config, workdir, name), weights_hash=start_hash)
+    if "clip" in manifests:
+        manifests["clip"].require(store_path(config, workdir, "clip"), weights_hash=start_hash)
     return {"start": start_hash, **{f"expert/{name}": manifest.weights_hash for name, manifest in manifests.items()}}
 
 
