@@ -168,13 +168,26 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, where: str) -> Config:
-    """Reads what `to_json` wrote.
+    """Reads what `to_json` wrote, here or in an earlier version: fields added since take their defaults.
 
     Raises:
-      InputError: not JSON, or not this version's fields; names ``where``.
+      InputError: not JSON, or fields that this version does not have; names ``where``.
     """
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error}") from None
-    return freeze(values, where=where)
+    return freeze(_filled(values, Config), where=where)
+
+
+def _filled(values: Any, kind: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    result = dict(values)
+    for field in dataclasses.fields(kind):
+        inner = field.default_factory
+        if field.name not in result and field.default is not dataclasses.MISSING:
+            result[field.name] = field.default
+        elif dataclasses.is_dataclass(inner) and field.name != "method":
+            result[field.name] = _filled(result.get(field.name, {}), inner)
+    return result

@@ -269,7 +269,7 @@ def load_student(workdir: Path, step: int | None = None) -> tuple[Config, dict[s
     frozen: dict[str, Any] = {}
     if (path.parent / "frozen").is_dir():
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path.parent / "frozen")
-            frozen = checkpointer.restore(path.parent / "frozen", abstract(dict(getattr(tree, "tree", tree))))
+            tree = checkpointer.metadata(path.parent / "frozen").item_metadata.tree
+            frozen = checkpointer.restore(path.parent / "frozen", abstract(dict(tree)))
     config = from_json(meta["config"], f"{where}/meta")
     return config, merge(trainable, frozen), {**meta["provenance"], "step": step}
