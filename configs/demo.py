@@ -1,25 +1,47 @@
 """`make demo`: a small CLIP-style student that starts from nothing and learns from real experts.
 
-Two cores, a few minutes. Everything trains, since there is no pretrained start to keep.
+Two cores, a few minutes. With MoVE-KD everything trains, since there is no pretrained start to keep. With
+ToVE the random CLIP stays frozen, so all that its tokens come to know is what the gate lets in.
 """
-
 
 from ml_collections import ConfigDict
 
 from tove_jax.config import Config, parse_arguments, thaw
+from tove_jax.config.schema import ToVEConfig
+from tove_jax.errors import InputError, nearest
+from tove_jax.methods.presets import apply
+
+
+def _move_kd(config: ConfigDict) -> None:
+    config.student.adapter.rank = 8
+    config.optim.groups = ((".*", 1.0),)
+
+
+def _tove(config: ConfigDict) -> None:
+    config.method = thaw(ToVEConfig())
+    apply(config, "recommended")
+    config.method.update(hidden=config.student.width, vocabulary=512)
+    config.features.experts = tuple(spec for spec in config.features.experts if spec != "clip")
+    config.optim.groups = (("student/.*", None), ("method/.*", 1.0))
+
+
+METHODS = {"move_kd": _move_kd, "tove": _tove}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Takes ``method=move_kd``, ``seed=N`` and ``smoke`` (seconds, for tests)."""
+    """Takes ``method=move_kd`` or ``tove``, ``seed=N`` and ``smoke`` (seconds, for tests)."""
     arguments = parse_arguments(arg, method="move_kd", seed=42, smoke=False)
-    config = thaw(Config(title="demo"))
+    if arguments.method not in METHODS:
+        known = f"{nearest(arguments.method, METHODS)}; methods: {', '.join(METHODS)}"
+        raise InputError(f"config argument method: no demo of '{arguments.method}'{known}")
+    config = thaw(Config(title="demo" if arguments.method == "move_kd" else f"demo_{arguments.method}"))
     config.student.update(image_size=64, patch_size=8, width=192, layers=4, heads=3, mlp_width=768)
     config.student.feature = "layers/-1"
-    config.student.adapter.rank = 8
     config.data.flip = True
     config.features.experts = ("clip", "efficientnet_lite0", "hed:112", "pp_ocr_det:160")
-    config.optim.update(lr=2e-3, warmup=0.1, weight_decay=0.05, groups=((".*", 1.0),))
+    config.optim.update(lr=2e-3, warmup=0.1, weight_decay=0.05)
     config.train.update(steps=400, batch=128, seed=arguments.seed, dtype="float32", log_every=10, checkpoint_every=100)
+    METHODS[arguments.method](config)
     if arguments.smoke:
         config.data.limit = 48
         config.train.update(steps=4, batch=8, log_every=1, checkpoint_every=2)

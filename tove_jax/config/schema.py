@@ -140,7 +140,7 @@ class ToVEConfig:
         (), "Names of the attached experts, read when `attach_all` is off; a detached expert is neither read nor run."
     )
     map_experts: tuple[str, ...] = option(
-        (), "Names of the experts whose patches are a dense map of 1 to 3 channels; they get a convolutional stem. Ours."
+        (), "Names of the experts whose patches are a dense map of 1 to 3 channels; each gets a conv stem. Ours."
     )
     stem_width: int = option(768, "Width w of a stem: its convolutions have w/8, w/4, w/2 and w channels. Ours.")
     stem_groups: int = option(8, "Groups of a stem's group norms; divides w/8. Ours.")

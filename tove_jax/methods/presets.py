@@ -9,7 +9,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tove_jax.config.schema import AdapterConfig, MoveKDConfig
+from tove_jax.config.schema import AdapterConfig, MoveKDConfig, ToVEConfig
 from tove_jax.errors import InputError, nearest
 
 
@@ -17,7 +17,7 @@ from tove_jax.errors import InputError, nearest
 class Preset:
     """A method's settings and those of the student's adapters."""
 
-    method: MoveKDConfig
+    method: MoveKDConfig | ToVEConfig
     adapter: AdapterConfig
 
 
@@ -68,13 +68,31 @@ RECOMMENDED = Preset(
 
 PRESETS: dict[str, Preset] = {"paper": PAPER, "reference": REFERENCE, "recommended": RECOMMENDED}
 
+# The paper prints the residual, the gate and the shared second layer; nothing was released.
+TOVE_PAPER = Preset(ToVEConfig(), AdapterConfig(kind="none"))
+
+TOVE_RECOMMENDED = Preset(
+    ToVEConfig(
+        # Experts' features differ in scale by orders of magnitude; without a norm the loudest wins.
+        norm="layer",
+        # Training starts from CLIP exactly.
+        zero_init=True,
+    ),
+    AdapterConfig(kind="none"),
+)
+
+TOVE_PRESETS: dict[str, Preset] = {"paper": TOVE_PAPER, "recommended": TOVE_RECOMMENDED}
+
+BY_METHOD: dict[str, dict[str, Preset]] = {"move_kd": PRESETS, "tove": TOVE_PRESETS}
+
 
 def apply(settings: ConfigDict, name: str) -> ConfigDict:
     """Writes a preset into ``settings.method`` and ``settings.student.adapter``.
 
     Args:
-      settings: a whole run's, as `tove_jax.config.thaw` gives them; changed in place.
-      name: ``paper``, ``reference`` or ``recommended``.
+      settings: a whole run's, as `tove_jax.config.thaw` gives them; changed in place. Its method's name
+        says whose presets are meant.
+      name: ``paper``, ``reference`` (where the authors released code) or ``recommended``.
 
     Returns:
       The settings.
@@ -82,9 +100,11 @@ def apply(settings: ConfigDict, name: str) -> ConfigDict:
     Raises:
       InputError: no such preset.
     """
-    if name not in PRESETS:
-        raise InputError(f"no preset '{name}'{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}")
-    preset = PRESETS[name]
+    presets = BY_METHOD.get(settings.method.name, {})
+    if name not in presets:
+        known = f"{nearest(name, presets)}; presets of {settings.method.name}: {', '.join(presets)}"
+        raise InputError(f"no preset '{name}'{known}")
+    preset = presets[name]
     settings.method.update(dataclasses.asdict(preset.method))
     settings.student.adapter.update(dataclasses.asdict(preset.adapter))
     return settings
