@@ -40,17 +40,17 @@ class TokenGate(nn.Module):
 
     Attributes:
       experts: K, experts of the hub.
-      init: ``zeros``: uniform gates; ``linear``: as ``torch.nn.Linear`` draws.
+      start: ``zeros``: uniform gates; ``linear``: as ``torch.nn.Linear`` draws.
     """
 
     experts: int
-    init: Literal["zeros", "linear"] = "zeros"
+    start: Literal["zeros", "linear"] = "zeros"
 
     @nn.compact
     def __call__(self, tokens: jax.Array, columns: Sequence[int]) -> jax.Array:
         """Returns the logits z (B, N, len(columns)) of tokens (B, N, d), float32 at the least."""
         width = tokens.shape[-1]
-        draw = nn.initializers.zeros if self.init == "zeros" else torch_linear(width)
+        draw = nn.initializers.zeros if self.start == "zeros" else torch_linear(width)
         kernel = self.param("kernel", draw, (width, self.experts))
         bias = self.param("bias", draw, (self.experts,))
         dtype = jnp.promote_types(tokens.dtype, jnp.float32)
