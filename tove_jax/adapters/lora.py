@@ -106,8 +106,8 @@ def apply_lora(weights: Lora, z: jax.Array, gate: jax.Array, scale: float, dtype
     return hidden @ b_kernel
 
 
-def dora_factors(weights: Lora, kernel: jax.Array, scale: float) -> jax.Array:
-    """Returns m_e / ||W + scale A_e B_e|| (E, d_out), norms over the input: DoRA's rescaling of the columns.
+def dora_change(weights: Lora, kernel: jax.Array, scale: float) -> jax.Array:
+    """Returns m_e / ||W + scale A_e B_e|| - 1 (E, d_out), norms over the input: DoRA's rescaling of the columns.
 
     DoRA (Liu et al., arXiv 2402.09353) trains a magnitude for each column of the merged weight, and
     takes no gradient through the norm (its section 4.3). Here every expert has magnitudes of its own,
@@ -127,7 +127,8 @@ def dora_factors(weights: Lora, kernel: jax.Array, scale: float) -> jax.Array:
     inner = 2 * jnp.einsum("der,df->erf", a, w) + scale * jnp.einsum("der,des,esf->erf", a, a, b)
     merged = base + scale * (b * inner).sum(axis=1)
     norm = jnp.sqrt(jnp.maximum(merged, jnp.finfo(precise).tiny))
-    return (jnp.sqrt(base) + weights.magnitude.astype(precise)) / norm
+    # The difference first, so that fresh experts change nothing exactly.
+    return (weights.magnitude.astype(precise) + (jnp.sqrt(base) - norm)) / norm
 
 
 class AdapterFactory:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tove_jax.adapters import router as routers
-from tove_jax.adapters.lora import AdapterFactory, LoraWeights, apply_lora, dora_factors, join
+from tove_jax.adapters.lora import AdapterFactory, LoraWeights, apply_lora, dora_change, join
 from tove_jax.adapters.router import MlpRouter
 from tove_jax.config.schema import AdapterConfig
 from tove_jax.errors import InputError, nearest
@@ -140,10 +140,10 @@ class MoLA(nn.Module):
             scale = self.alpha / self.rank
             if self.dora:
                 base = linear.variables["params"]
-                factors = dora_factors(weights, base["kernel"], scale)
-                weights = weights._replace(b_kernel=weights.b_kernel * factors[:, None])
-                change = (gate.astype(factors.dtype) @ (factors - 1)).astype(y.dtype)
-                return y + change * (y - base["bias"].astype(y.dtype)) + apply_lora(weights, dropped, gate, scale, self.dtype)
+                change = dora_change(weights, base["kernel"], scale)
+                weights = weights._replace(b_kernel=weights.b_kernel * (1 + change)[:, None])
+                stretch = (gate.astype(change.dtype) @ change).astype(y.dtype)
+                y = y + stretch * (y - base["bias"].astype(y.dtype))
             return y + apply_lora(weights, dropped, gate, scale, self.dtype)
 
         if self.site == "linears":

@@ -18,9 +18,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from tove_jax.errors import InputError, nearest
-from tove_jax.methods import move_kd, tove
+from tove_jax.methods import hawaii, move_kd, tove
 
-METHODS: dict[str, ModuleType] = {"move_kd": move_kd, "tove": tove}
+METHODS: dict[str, ModuleType] = {"move_kd": move_kd, "hawaii": hawaii, "tove": tove}
 
 
 def get(name: str) -> ModuleType:

@@ -9,7 +9,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tove_jax.config.schema import AdapterConfig, MoveKDConfig, ToVEConfig
+from tove_jax.config.schema import AdapterConfig, HawaiiConfig, MoveKDConfig, ToVEConfig
 from tove_jax.errors import InputError, nearest
 
 
@@ -17,7 +17,7 @@ from tove_jax.errors import InputError, nearest
 class Preset:
     """A method's settings and those of the student's adapters."""
 
-    method: MoveKDConfig | ToVEConfig
+    method: MoveKDConfig | HawaiiConfig | ToVEConfig
     adapter: AdapterConfig
 
 
@@ -68,6 +68,23 @@ RECOMMENDED = Preset(
 
 PRESETS: dict[str, Preset] = {"paper": PAPER, "reference": REFERENCE, "recommended": RECOMMENDED}
 
+# No code is public. alpha = rank, so that an expert is added as printed, with weight one; B starts at zero, as is
+# usual with LoRA; a balance loss alone cannot teach the content-dependent routing that the paper shows; the
+# paper's DoRA row needs a weight matrix, so experts sit beside the linears and not beside the whole network.
+MOLA = AdapterConfig(kind="mola", alpha=32.0, b_init="zeros", router_gradient="straight_through")
+
+HAWAII_PAPER = Preset(HawaiiConfig(), MOLA)
+
+HAWAII_RECOMMENDED = Preset(
+    HawaiiConfig(
+        # The heads train with the student and nothing else holds their outputs apart; CLIP's own tokens cannot collapse.
+        clip_target="raw",
+    ),
+    MOLA,
+)
+
+HAWAII_PRESETS: dict[str, Preset] = {"paper": HAWAII_PAPER, "recommended": HAWAII_RECOMMENDED}
+
 # The paper prints the residual, the gate and the shared second layer; nothing was released.
 TOVE_PAPER = Preset(ToVEConfig(), AdapterConfig(kind="none"))
 
@@ -83,7 +100,7 @@ TOVE_RECOMMENDED = Preset(
 
 TOVE_PRESETS: dict[str, Preset] = {"paper": TOVE_PAPER, "recommended": TOVE_RECOMMENDED}
 
-BY_METHOD: dict[str, dict[str, Preset]] = {"move_kd": PRESETS, "tove": TOVE_PRESETS}
+BY_METHOD: dict[str, dict[str, Preset]] = {"move_kd": PRESETS, "hawaii": HAWAII_PRESETS, "tove": TOVE_PRESETS}
 
 
 def apply(settings: ConfigDict, name: str) -> ConfigDict:

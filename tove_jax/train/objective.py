@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tove_jax import methods
-from tove_jax.adapters import mole
+from tove_jax.adapters import mola, mole
 from tove_jax.config.schema import Config
 from tove_jax.data.view import View
 from tove_jax.experts.codecs import decode_features
@@ -54,7 +54,7 @@ def make_loss(config: Config, manifests: dict[str, Manifest]) -> Loss:
 
 def logical_axes(config: Config) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
     """Returns the first-match table of logical axes of every parameter of a run."""
-    return vit.LOGICAL_AXES + mole.LOGICAL_AXES + methods.get(config.method.name).LOGICAL_AXES
+    return vit.LOGICAL_AXES + mole.LOGICAL_AXES + mola.LOGICAL_AXES + methods.get(config.method.name).LOGICAL_AXES
 
 
 def count(tree: dict[str, Any]) -> int:
