@@ -19,6 +19,7 @@ COMMANDS = {
     "features": "features",
     "train": "train",
     "eval": "evaluate",
+    "detach": "detach",
     "export": "export",
     "verify": "verify",
     "import": "import_",
