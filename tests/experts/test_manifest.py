@@ -159,4 +159,7 @@ def test_moments_of_parts_are_those_of_the_whole(centre, spread):
     np.testing.assert_allclose(found.std, exact.std(), rtol=1e-5)
     np.testing.assert_allclose(found.norm, np.linalg.norm(exact, axis=-1).mean(), rtol=1e-6)
     assert (found.low, found.high) == (tokens.min(), tokens.max())
+    channel_mean = exact.mean((0, 1, 2))
+    np.testing.assert_allclose(found.channel_mean, channel_mean, rtol=1e-6)
+    np.testing.assert_allclose(found.centred_std, (exact - channel_mean).std(), rtol=1e-5)
     assert Moments().statistics().std == 0

@@ -186,10 +186,10 @@ class FeaturesConfig:
     experts: tuple[str, ...] = option(("clip", "efficientnet_lite0", "hed", "pp_ocr_det"), "Experts, by registered name.")
     path: str = option("", "Folder of the store; empty: `features` in the run's folder.")
     codec: Literal["float32", "bf16", "int8", "fp8"] = option("bf16", "How patch tokens are stored.")
-    standardize: Literal["none", "global"] = option(
+    standardize: Literal["none", "centred"] = option(
         "none",
-        "`global` brings every expert but CLIP to mean 0 and deviation 1 by its store's statistics, one number for "
-        "all channels, so that geometry stays; ours. [code: none]",
+        "`centred` takes each channel's mean off every expert but CLIP and divides all channels by one deviation, so "
+        "that geometry stays (close to PHI-S, arXiv 2410.01680, without its rotation); ours. [code: none]",
     )
     shard_records: int = option(256, "Records a shard.")
     batch: int = option(16, "Pictures a step of extraction.")

@@ -52,6 +52,8 @@ class Statistics:
       mean, std: over all values.
       norm: mean L2 norm of a token.
       low, high: smallest and largest value.
+      channel_mean: of every channel, over records and tokens.
+      centred_std: over all values, each less its channel's mean.
     """
 
     mean: float
@@ -59,6 +61,8 @@ class Statistics:
     norm: float
     low: float
     high: float
+    channel_mean: tuple[float, ...] = ()
+    centred_std: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +334,7 @@ class Moments:
         self.values = self.tokens = 0
         self.mean = self.squares = self.norms = 0.0
         self.low, self.high = math.inf, -math.inf
+        self.channels: list[float] = []
 
     def add_tokens(self, tokens: np.ndarray) -> None:
         """Adds tokens (..., D), finite; a batch at a time."""
@@ -352,6 +357,7 @@ class Moments:
                 "norms": float(lengths.sum()),
                 "low": low,
                 "high": high,
+                "channels": tokens.reshape(-1, tokens.shape[-1]).sum(0, dtype=np.float64).tolist(),
             }
         )
 
@@ -367,6 +373,8 @@ class Moments:
         self.tokens += state["tokens"]
         self.norms += state["norms"]
         self.low, self.high = min(self.low, state["low"]), max(self.high, state["high"])
+        sums = self.channels or [0.0] * len(state["channels"])
+        self.channels = [mine + more for mine, more in zip(sums, state["channels"], strict=True)]
 
     def state(self) -> dict[str, Any]:
         """Returns the sums, JSON-ready."""
@@ -380,7 +388,17 @@ class Moments:
         if not self.values:
             return Statistics(0.0, 0.0, 0.0, 0.0, 0.0)
         deviation = math.sqrt(self.squares / self.values)
-        return Statistics(self.mean, deviation, self.norms / self.tokens, self.low, self.high)
+        means = np.asarray(self.channels) / self.tokens
+        centred = self.squares / self.values - float(np.square(means - self.mean).mean())
+        return Statistics(
+            self.mean,
+            deviation,
+            self.norms / self.tokens,
+            self.low,
+            self.high,
+            tuple(means.tolist()),
+            math.sqrt(max(0.0, centred)),
+        )
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 from tove_jax.experts import registry
@@ -79,7 +81,8 @@ def standardized(config: Config, name: str, manifest: Manifest, features: Expert
       manifest: of its store, whose statistics are of the whole store.
       features: decoded, NumPy or traced.
     """
-    if config.features.standardize == "none" or name == "clip" or manifest.statistics is None:
+    moments = manifest.statistics
+    if config.features.standardize == "none" or name == "clip" or moments is None:
         return features
-    mean, std = manifest.statistics.mean, max(manifest.statistics.std, 1e-6)
-    return features._replace(patches=(features.patches - mean) / std)
+    mean = np.asarray(moments.channel_mean, np.float32)
+    return features._replace(patches=(features.patches - mean) / np.float32(max(moments.centred_std, 1e-6)))
