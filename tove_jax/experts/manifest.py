@@ -155,7 +155,7 @@ class Manifest:
             }
             fields["shards"] = tuple(ShardEntry(**shard) for shard in fields["shards"])
             if fields["statistics"] is not None:
-                fields["statistics"] = Statistics(**fields["statistics"])
+                fields["statistics"] = Statistics(**_tuples(fields["statistics"]))
             manifest = cls(**fields)
             written = codecs.payload_arrays(manifest.codec, manifest.shapes)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
