@@ -31,6 +31,7 @@ def _tove(config: ConfigDict) -> None:
     config.method.update(hidden=config.student.width, vocabulary=512)
     config.features.experts = tuple(spec for spec in config.features.experts if spec != "clip")
     config.optim.groups = (("student/.*", None), ("method/.*", 1.0))
+    config.train.steps = 250
 
 
 METHODS = {"move_kd": _move_kd, "hawaii": _hawaii, "tove": _tove}
