@@ -363,3 +363,14 @@ def test_presets():
         config, params, outputs, features, batch = random_case(**dataclasses.asdict(preset.method))
         loss, _ = evaluate(params, outputs, features, batch, config)
         assert np.isfinite(loss)
+
+
+def test_a_prior_fixes_the_weights_of_the_teachers_but_clip():
+    params, outputs, features, batch, config = random_case(teacher_weighting=False, teacher_prior=(3.0, 1.0), clip_weight=0.5)
+    _, metrics = evaluate(params, outputs, features, batch, config)
+    names = move_kd.teachers(config)
+    np.testing.assert_allclose([metrics[f"weight/{name}"] for name in names], [0.5, 0.375, 0.125], rtol=1e-6)
+    with pytest.raises(InputError, match="teacher_prior: expected 2 weights"):
+        evaluate(params, outputs, features, batch, change(config, teacher_prior=(1.0,)))
+    with pytest.raises(InputError, match="not negative"):
+        evaluate(params, outputs, features, batch, change(config, teacher_prior=(-1.0, 1.0)))

@@ -84,6 +84,9 @@ class MoveKDConfig:
         "probs_softmax", "Softmax over CLS attention probabilities (code), the probabilities, or softmax of the scores (paper)."
     )
     teacher_weighting: bool = option(True, "Weight teachers by their agreement with CLIP's CLS; else uniform. [code]")
+    teacher_prior: tuple[float, ...] = option(
+        (), "Weights of the teachers but CLIP when teacher_weighting is off, in the experts' order; empty: uniform. Ours."
+    )
     teacher_score_scale: Literal["one", "inverse_sqrt_width"] = option("one", "Scale of that agreement. [code: one]")
     saturation_rule: bool = option(True, "A second softmax when one teacher's mean weight exceeds the threshold. [code]")
     saturation_threshold: float = option(0.8, "That threshold. [code]")

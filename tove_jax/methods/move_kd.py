@@ -288,7 +288,7 @@ def teacher_weights(
     if not targets:
         return jnp.ones((count, 1), jnp.float32), none
     if not method.teacher_weighting:
-        q, saturated = jnp.full((count, len(targets)), 1.0 / len(targets)), none
+        q, saturated = jnp.broadcast_to(teacher_prior(method, len(targets)), (count, len(targets))), none
     else:
         cls = precise(clip.summary)
         scale = cls.shape[-1] ** -0.5 if method.teacher_score_scale == "inverse_sqrt_width" else 1.0
@@ -302,6 +302,21 @@ def teacher_weights(
         q = jax.lax.stop_gradient(q)
     pinned = jnp.full((count, 1), method.clip_weight, q.dtype)
     return jnp.concatenate([pinned, (1 - method.clip_weight) * q], axis=-1), saturated
+
+
+def teacher_prior(method: MoveKDConfig, count: int) -> jax.Array:
+    """Returns the fixed weights (count,) of the teachers but CLIP, summing to one.
+
+    Raises:
+      InputError: ``method.teacher_prior`` has another length, a negative weight, or only zeros.
+    """
+    prior = method.teacher_prior or (1.0,) * count
+    if len(prior) != count or min(prior) < 0 or not sum(prior):
+        raise InputError(
+            f"config.method.teacher_prior: expected {count} weights, one an expert but CLIP, not negative and not all "
+            f"zero, found {method.teacher_prior}"
+        )
+    return jnp.asarray(prior, jnp.float32) / sum(prior)
 
 
 def saturation(q: jax.Array, rows: jax.Array, method: MoveKDConfig, groups: int) -> tuple[jax.Array, jax.Array]:
