@@ -366,7 +366,8 @@ def test_presets():
 
 
 def test_a_prior_fixes_the_weights_of_the_teachers_but_clip():
-    params, outputs, features, batch, config = random_case(teacher_weighting=False, teacher_prior=(3.0, 1.0), clip_weight=0.5)
+    fixed = {"teacher_weighting": False, "teacher_prior": (3.0, 1.0), "clip_weight": 0.5}
+    config, params, outputs, features, batch = random_case(**fixed)
     _, metrics = evaluate(params, outputs, features, batch, config)
     names = move_kd.teachers(config)
     np.testing.assert_allclose([metrics[f"weight/{name}"] for name in names], [0.5, 0.375, 0.125], rtol=1e-6)
