@@ -116,6 +116,12 @@ def _usage(config: Config, has_experts: bool) -> str:
 def _adapter_line(config: Config) -> str:
     adapter = config.student.adapter
     place = "beside both linears of each MLP" if adapter.site == "linears" else "beside each MLP"
+    if adapter.kind == "mola":
+        kind = "DoRA" if adapter.dora else "LoRA"
+        return (
+            f"{adapter.teacher_experts} teacher-specific and {adapter.general_experts} general of rank {adapter.rank} "
+            f"({kind}), alpha {adapter.alpha:g}, top1 routing in each group, {place}"
+        )
     return f"{adapter.experts} of rank {adapter.rank}, alpha {adapter.alpha:g}, {adapter.routing} routing, {place}"
 
 

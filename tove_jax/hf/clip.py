@@ -1,7 +1,7 @@
-"""The tables for CLIP's vision tower and for MoVE-KD's LoRA experts in it.
+"""The tables for CLIP's vision tower and for the LoRA experts in it.
 
-Canonical published names are those of `transformers.CLIPVisionModel` (release 5: no prefix), with the
-experts named as in MoVE-KD's released adapter file. `canonical` brings every other spelling to them.
+Canonical published names are those of `transformers.CLIPVisionModel` (release 5: no prefix), with MoLE's
+experts named as in MoVE-KD's released adapter file and MoLA's alike (ours; HAWAII released none). `canonical` brings every other spelling to them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tove_jax.adapters import mola
 from tove_jax.config.schema import StudentConfig
 from tove_jax.errors import InputError
 from tove_jax.hf.rules import Rule
@@ -32,14 +33,27 @@ def _norm(name: str, path: str) -> tuple[Rule, Rule]:
     return Rule(f"{name}.weight", f"{path}/scale"), Rule(f"{name}.bias", f"{path}/bias")
 
 
-def _experts(name: str, path: str) -> tuple[Rule, ...]:
-    published, ours = f"{_LAYER}mlp.{name}.{{expert}}", f"layers/mlp/adapter/{path}"
+def _experts(published: str, ours: str) -> tuple[Rule, ...]:
     return (
         Rule(f"{published}.lora_A.weight", f"{ours}/a_kernel", (0, 3, 1, 2)),  # (L, E, r, in) -> (L, in, E, r)
         Rule(f"{published}.lora_A.bias", f"{ours}/a_bias"),
         Rule(f"{published}.lora_B.weight", f"{ours}/b_kernel", (0, 1, 3, 2)),  # (L, E, out, r) -> (L, E, r, out)
         Rule(f"{published}.lora_B.bias", f"{ours}/b_bias"),
     )
+
+
+def _mole(name: str, path: str) -> tuple[Rule, ...]:
+    return _experts(f"{_LAYER}mlp.{name}.{{expert}}", f"layers/mlp/adapter/{path}")
+
+
+def _mola(group: str) -> tuple[Rule, ...]:
+    found = [*_linear(f"mlp.router_{group}.0", f"mlp/adapter/router_{group}/hidden")]
+    found += _linear(f"mlp.router_{group}.2", f"mlp/adapter/router_{group}/out")
+    for site in ("down", "up", "ffn"):
+        published, ours = f"{_LAYER}mlp.mola_{group}_{site}.{{expert}}", f"layers/mlp/adapter/{group}_{site}"
+        found += [rule for rule in _experts(published, ours) if not rule.path.endswith("_bias")]
+        found.append(Rule(f"{published}.lora_magnitude", f"{ours}/magnitude"))
+    return tuple(found)
 
 
 TOWER_RULES: tuple[Rule, ...] = (
@@ -59,9 +73,11 @@ TOWER_RULES: tuple[Rule, ...] = (
 )
 ADAPTER_RULES: tuple[Rule, ...] = (
     *_linear("mlp.router", "mlp/adapter/router"),
-    *_experts("moe_down", "down"),
-    *_experts("moe_up", "up"),
-    *_experts("moe_ffn", "ffn"),
+    *_mole("moe_down", "down"),
+    *_mole("moe_up", "up"),
+    *_mole("moe_ffn", "ffn"),
+    *_mola("teacher"),
+    *_mola("general"),
 )
 RULES = TOWER_RULES + ADAPTER_RULES
 
@@ -105,18 +121,31 @@ def shapes(student: StudentConfig) -> dict[str, tuple[int, ...]]:
     adapter = student.adapter
     if adapter.kind == "none":
         return result
-    linear("mlp/adapter/router", width, adapter.experts)
-    sites = {"down": (width, hidden), "up": (hidden, width)}
-    if adapter.site == "ffn":
-        sites = {"ffn": (width, width)}
-    for site, (inputs, outputs) in sites.items():
-        path = f"layers/mlp/adapter/{site}"
-        result |= {
-            f"{path}/a_kernel": (layers, inputs, adapter.experts, adapter.rank),
-            f"{path}/a_bias": (layers, adapter.experts, adapter.rank),
-            f"{path}/b_kernel": (layers, adapter.experts, adapter.rank, outputs),
-            f"{path}/b_bias": (layers, adapter.experts, outputs),
-        }
+    sites = {"ffn": (width, width)} if adapter.site == "ffn" else {"down": (width, hidden), "up": (hidden, width)}
+
+    def experts(path: str, count: int, inputs: int, outputs: int) -> None:
+        result[f"{path}/a_kernel"] = (layers, inputs, count, adapter.rank)
+        result[f"{path}/b_kernel"] = (layers, count, adapter.rank, outputs)
+
+    if adapter.kind == "mole":
+        linear("mlp/adapter/router", width, adapter.experts)
+        for site, (inputs, outputs) in sites.items():
+            path = f"layers/mlp/adapter/{site}"
+            experts(path, adapter.experts, inputs, outputs)
+            result[f"{path}/a_bias"] = (layers, adapter.experts, adapter.rank)
+            result[f"{path}/b_bias"] = (layers, adapter.experts, outputs)
+        return result
+    mola.check(adapter)
+    for group, count in zip(mola.GROUPS, (adapter.teacher_experts, adapter.general_experts), strict=True):
+        if not count:
+            continue
+        linear(f"mlp/adapter/router_{group}/hidden", width, adapter.router_width)
+        linear(f"mlp/adapter/router_{group}/out", adapter.router_width, count)
+        for site, (inputs, outputs) in sites.items():
+            path = f"layers/mlp/adapter/{group}_{site}"
+            experts(path, count, inputs, outputs)
+            if adapter.dora:
+                result[f"{path}/magnitude"] = (layers, count, outputs)
     return result
 
 
@@ -165,7 +194,7 @@ def released(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def adapter_fields(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> dict[str, Any]:
-    """Reads the number of experts, rank and site from canonical names and shapes.
+    """Reads the number of MoLE's experts, rank and site from canonical names and shapes.
 
     Returns:
       Fields of `tove_jax.config.schema.AdapterConfig` that the arrays tell; ``{"kind": "none"}`` where

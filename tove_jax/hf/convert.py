@@ -45,11 +45,9 @@ def convert(
     else:
         export_student(config, params, output)
     count = sum(leaf.size for leaf in rules.flatten(params).values())
-    kept = (
-        "none"
-        if plain or student.adapter.kind == "none"
-        else f"{student.adapter.experts} of rank {student.adapter.rank}"
-    )
+    adapter = student.adapter
+    experts = adapter.experts if adapter.kind == "mole" else adapter.teacher_experts + adapter.general_experts
+    kept = "none" if plain or adapter.kind == "none" else f"{experts} of rank {adapter.rank}"
     return [
         f"read     {source}: {student.layers} layers, width {student.width}, {count:,} parameters",
         f"experts  {kept}",

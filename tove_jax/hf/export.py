@@ -16,24 +16,27 @@ from tove_jax.files.atomic import atomic_folder, atomic_write_bytes, atomic_writ
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf import clip, rules
 from tove_jax.hf.card import model_card
-from tove_jax.hf.load import MOLE_MODEL_TYPE
+from tove_jax.hf.load import MODEL_TYPES
 
-REMOTE_CODE = ("configuration_mole_clip.py", "modeling_mole_clip.py")
 HASH_KEY = "tove_hash"
-_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", *REMOTE_CODE, "__pycache__"}
+REMOTE_CODE = {kind: (f"configuration_{kind}_clip.py", f"modeling_{kind}_clip.py") for kind in MODEL_TYPES}
+_CLASSES = {"mole": "MoleCLIPVision", "mola": "MolaCLIPVision"}
 AUTO_MAP = {
-    "AutoConfig": "configuration_mole_clip.MoleCLIPVisionConfig",
-    "AutoModel": "modeling_mole_clip.MoleCLIPVisionModel",
+    kind: {"AutoConfig": f"configuration_{kind}_clip.{name}Config", "AutoModel": f"modeling_{kind}_clip.{name}Model"}
+    for kind, name in _CLASSES.items()
 }
+_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "__pycache__"}
+_FILES |= {name for names in REMOTE_CODE.values() for name in names}
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 def hf_config(student: StudentConfig) -> dict[str, Any]:
     """Returns config.json of a student: `CLIPVisionModel`'s, or with LoRA experts our remote code's."""
-    plain = student.adapter.kind == "none"
+    kind = student.adapter.kind
+    plain = kind == "none"
     config: dict[str, Any] = {
-        "architectures": ["CLIPVisionModel" if plain else "MoleCLIPVisionModel"],
-        "model_type": "clip_vision_model" if plain else MOLE_MODEL_TYPE,
+        "architectures": ["CLIPVisionModel" if plain else f"{_CLASSES[kind]}Model"],
+        "model_type": "clip_vision_model" if plain else MODEL_TYPES[kind],
         "dtype": "float32",
         "hidden_size": student.width,
         "intermediate_size": student.mlp_width,
@@ -49,7 +52,7 @@ def hf_config(student: StudentConfig) -> dict[str, Any]:
     layer = int(student.feature.removeprefix("layers/"))
     config["vision_feature_layer"] = layer if layer < 0 else layer + 1  # transformers: the embedding is 0
     if not plain:
-        config |= {"auto_map": AUTO_MAP, "adapter": dataclasses.asdict(student.adapter)}
+        config |= {"auto_map": AUTO_MAP[kind], "adapter": dataclasses.asdict(student.adapter)}
     return config
 
 
@@ -178,7 +181,7 @@ def _write(student: StudentConfig, params: Mapping[str, Any], folder: Path, card
         atomic_write_json(temporary / "config.json", hf_config(student))
         atomic_write_json(temporary / "preprocessor_config.json", hf_preprocessor(student))
         if student.adapter.kind != "none":
-            for name in REMOTE_CODE:
+            for name in REMOTE_CODE[student.adapter.kind]:
                 atomic_write_bytes(temporary / name, remote_code(name))
         atomic_write_bytes(temporary / "README.md", card(hashed).encode())
 
@@ -197,10 +200,10 @@ def _sort_metadata(path: Path) -> None:
 
 
 def export_mole_encoder(student: StudentConfig, params: Mapping[str, Any], path: Path | str) -> None:
-    """Writes the tower and its LoRA experts under the names of MoVE-KD's released adapter file.
+    """Writes the tower and its MoLE under the names of MoVE-KD's released adapter file.
 
     Args:
-      student: settings, with LoRA experts.
+      student: settings, with LoRA experts of kind ``mole``.
       params: the student's parameter tree.
       path: ``.safetensors``, or ``.bin`` where torch is installed (the released file is a ``.bin``).
 
@@ -212,8 +215,9 @@ def export_mole_encoder(student: StudentConfig, params: Mapping[str, Any], path:
     from safetensors.numpy import save
 
     path = Path(path)
-    if student.adapter.kind == "none":
-        raise InputError(f"{path}: the student has no LoRA experts, so there is no adapter file to write")
+    if student.adapter.kind != "mole":
+        what = "no LoRA experts" if student.adapter.kind == "none" else f"LoRA experts of kind '{student.adapter.kind}'"
+        raise InputError(f"{path}: the student has {what}, so there is no adapter file of MoVE-KD to write")
     arrays = clip.released(hf_arrays(student, params))
     if path.suffix == ".safetensors":
         atomic_write_bytes(path, save(arrays, metadata={"format": "pt"}))

@@ -19,7 +19,7 @@ from tove_jax.files.weights import read_arrays
 from tove_jax.hf import clip, rules
 from tove_jax.models.position import resize_position
 
-MOLE_MODEL_TYPE = "mole_clip_vision_model"
+MODEL_TYPES = {"mole": "mole_clip_vision_model", "mola": "mola_clip_vision_model"}  # by adapter.kind
 
 # transformers' defaults, which a config.json may leave out.
 _VISION_DEFAULTS: dict[str, Any] = {
@@ -91,11 +91,11 @@ def read_student(folder: Path) -> StudentConfig:
     """Reads the settings of a vision tower from config.json and preprocessor_config.json.
 
     Args:
-      folder: with config.json of `CLIPModel`, `CLIPVisionModel` or an exported MoLE student;
+      folder: with config.json of `CLIPModel`, `CLIPVisionModel` or an exported student with LoRA experts;
         preprocessor_config.json may be missing, then CLIP's view is assumed.
 
     Returns:
-      Settings with ``initialize`` empty; ``adapter.kind`` is ``none`` but for an exported MoLE student.
+      Settings with ``initialize`` empty; ``adapter.kind`` is ``none`` but for an exported student with LoRA experts.
 
     Raises:
       InputError: another model type, activation or field that the student cannot have.
@@ -106,19 +106,23 @@ def read_student(folder: Path) -> StudentConfig:
     if kind == "clip":
         nested = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
         vision = {**_VISION_DEFAULTS, **nested}
-    elif kind in ("clip_vision_model", MOLE_MODEL_TYPE):
+    elif kind in ("clip_vision_model", *MODEL_TYPES.values()):
         vision = {**_VISION_DEFAULTS, **config}
     else:
-        raise InputError(f"{path}: model_type is {kind!r}, expected clip, clip_vision_model or {MOLE_MODEL_TYPE}")
+        known = ", ".join(("clip", "clip_vision_model", *MODEL_TYPES.values()))
+        raise InputError(f"{path}: model_type is {kind!r}, expected one of {known}")
     if vision["num_channels"] != 3:
         raise InputError(f"{path}: num_channels is {vision['num_channels']!r}, expected 3")
     if vision["hidden_act"] not in ("quick_gelu", "gelu"):
         raise InputError(f"{path}: hidden_act is {vision['hidden_act']!r}, expected quick_gelu or gelu")
     adapter: dict[str, Any] = {**dataclasses.asdict(AdapterConfig()), "kind": "none"}
-    if kind == MOLE_MODEL_TYPE:
+    if kind in MODEL_TYPES.values():
         if not isinstance(config.get("adapter"), dict):
             raise InputError(f"{path}: field adapter is missing, expected the settings of the LoRA experts")
-        adapter = config["adapter"]
+        # Fields that an older export did not know keep their defaults.
+        adapter = {**dataclasses.asdict(AdapterConfig()), **config["adapter"]}
+        if MODEL_TYPES.get(adapter["kind"]) != kind:
+            raise InputError(f"{path}: model_type is {kind!r}, but adapter.kind is {adapter['kind']!r}")
     values = {
         **door.thaw(StudentConfig()).to_dict(),
         "image_size": _side(path, "image_size", vision["image_size"]),
@@ -190,7 +194,7 @@ def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) ->
     folder = locate(folder_or_hub_id)
     student = read_student(folder)
     if student.adapter.kind != "none":
-        raise InputError(f"{folder}: has LoRA experts ({MOLE_MODEL_TYPE}), expected a plain CLIP; use import_student")
+        raise InputError(f"{folder}: has LoRA experts ({MODEL_TYPES[student.adapter.kind]}), expected a plain CLIP; use import_student")
     params = _tree(folder, student, _clip_arrays(folder))
     student = dataclasses.replace(student, initialize=str(folder_or_hub_id))
     return with_image_size(vars(student).copy(), params, image_size)

@@ -169,9 +169,13 @@ def _run_jax(
     layers = [f"layers/{i}" for i in range(student.layers)]
     row = f"layers/{max(student.layers - 2, 0)}/attention_cls"
     wanted = ["embeddings", *layers, row, "pooled"]
-    top1 = student.adapter.kind != "none" and student.adapter.routing == "top1" and student.adapter.experts > 1
-    if top1:
-        wanted.append("adapter/router_probs")
+    adapter, routers = student.adapter, []
+    if adapter.kind == "mole" and adapter.routing == "top1" and adapter.experts > 1:
+        routers = ["adapter/router_probs"]
+    if adapter.kind == "mola":
+        counts = {"teacher": adapter.teacher_experts, "general": adapter.general_experts}
+        routers = [f"adapter/router_{group}_probs" for group, count in counts.items() if count > 1]
+    wanted += routers
 
     @jax.jit
     def run(tree: Any, x: Any) -> Any:
@@ -181,10 +185,10 @@ def _run_jax(
         last, found = jax.device_get(run(params, pixels))
     outputs = {f"hidden_states[{i}]": found[name] for i, name in enumerate(["embeddings", *layers])}
     outputs |= {"last_hidden_state": last, "pooler_output": found["pooled"], "attentions[-2] of CLS": found[row]}
-    if not top1:
+    if not routers:
         return outputs, None
-    ranked = np.sort(found["adapter/router_probs"], axis=-1)
-    return outputs, (ranked[..., -1] - ranked[..., -2]).min(axis=(0, 2))
+    ranked = [np.sort(found[name], axis=-1) for name in routers]
+    return outputs, np.min([(one[..., -1] - one[..., -2]).min(axis=(0, 2)) for one in ranked], axis=0)
 
 
 def _run_transformers(
@@ -197,7 +201,7 @@ def _run_transformers(
         report.not_run = f"{error.name} is not installed"
         return None
     remote = student.adapter.kind != "none"
-    if remote and (foreign := _foreign_code(report.folder)):
+    if remote and (foreign := _foreign_code(report.folder, student.adapter.kind)):
         report.problems += [f"{what}: its code was not run" for what in foreign]
         report.not_run = "the folder's code is not this package's"
         return None
@@ -248,18 +252,18 @@ def _run_transformers(
     return theirs
 
 
-def _foreign_code(folder: Path) -> list[str]:
+def _foreign_code(folder: Path, kind: str) -> list[str]:
     """Returns what in the folder would lead transformers to run code that is not ours."""
     foreign = []
-    for name in REMOTE_CODE:
+    for name in REMOTE_CODE[kind]:
         path = folder / name
         if not path.is_file():
             foreign.append(f"{name} is missing; expected that of this package")
         elif path.read_bytes() != remote_code(name):
             foreign.append(f"{name} differs from this package")
     found = read_json(folder / "config.json").get("auto_map")
-    if found != AUTO_MAP:
-        foreign.append(f"config.json: auto_map is {found}, expected {AUTO_MAP}")
+    if found != AUTO_MAP[kind]:
+        foreign.append(f"config.json: auto_map is {found}, expected {AUTO_MAP[kind]}")
     return foreign
 
 

@@ -104,7 +104,7 @@ def forward(
       (B, N_t, 1+m, D), the forced passes' tokens at ``student.feature``.
     """
     del features
-    passes = (mola.ROUTED, *range(len(config.features.experts)))
+    passes = (mola.ROUTED, *range(len(config.features.names)))
     folded = jnp.broadcast_to(pixels[:, None], (pixels.shape[0], len(passes), *pixels.shape[1:]))
     folded = constrain(folded.reshape(-1, *pixels.shape[1:]), ("batch", None, None, None))
     wanted = requested_intermediates(config)
@@ -116,7 +116,7 @@ def forward(
 
 def training_experts(config: Config) -> tuple[str, ...]:
     """Returns the experts whose features training reads: all of them."""
-    return config.features.experts
+    return config.features.names
 
 
 def init_extra(config: Config, contracts: dict[str, ExpertCard], student_tokens: int, rng: jax.Array) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def init_extra(config: Config, contracts: dict[str, ExpertCard], student_tokens:
       InputError: a student without MoLA or with another number of teacher experts, tokens that are
         no square, an expert with a head's name, or a raw CLIP of another shape than the student.
     """
-    method, names, adapter = config.method, config.features.experts, config.student.adapter
+    method, names, adapter = config.method, config.features.names, config.student.adapter
     if adapter.kind != "mola" or adapter.teacher_experts != len(names):
         found = f"{adapter.teacher_experts} in a '{adapter.kind}'"
         raise InputError(
@@ -210,7 +210,7 @@ def objective(
     Raises:
       InputError: an instruction of another width.
     """
-    method, names = config.method, config.features.experts
+    method, names = config.method, config.features.names
     rows = batch["mask"]
     if not method.kd_on_text_only and "has_picture" in batch:
         rows = rows & batch["has_picture"]
