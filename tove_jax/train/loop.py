@@ -48,13 +48,16 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite; the message names step, records and checkpoint."""
 
 
-def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
+def train(
+    config: Config, workdir: Path, *, progress: bool = True, devices: Sequence[jax.Device] | None = None
+) -> int:
     """Trains, or goes on from the newest checkpoint of the folder.
 
     Args:
       config: the run's settings.
       workdir: the run's folder; features are read from its ``features`` unless the config says.
       progress: show a bar.
+      devices: of the mesh; all when None.
 
     Returns:
       0 when all steps are done, 143 when a SIGTERM ended the run after saving.
@@ -64,7 +67,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> int:
       NonFiniteError: after saving the state that met it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch % (config.train.accumulation * shards):
         raise InputError(
