@@ -105,6 +105,25 @@ def test_contract_and_join_by_id(source):
             assert (batch["features"]["a"]["summary"][row] == int(source.ids[index][3:])).all()
 
 
+def test_captions_are_found_by_record(source):
+    table = np.stack([np.arange(10), np.where(np.arange(10) % 2, 7, -1)], axis=1).astype(np.int32)
+    loader = make(source, np.array([3, 8, 5]), batch=2, captions=table, shuffle=True, epochs=1)
+    batches = take(loader)
+    assert sorted(int(r) for b in batches for r in b["record"][b["mask"]]) == [3, 5, 8]
+    for batch in batches:
+        for row, record in enumerate(batch["record"]):
+            words = batch["captions"][row][batch["caption_mask"][row]].tolist()
+            assert words == ([] if record < 0 else [record, 7] if record % 2 else [record])
+        assert batch["captions"].dtype == np.int32 and batch["captions"].min() >= 0
+    with pytest.raises(InputError, match=r"captions: expected int32 \(10, L\), found int32 \(9, 2\)"):
+        make(source, captions=table[:9])
+
+
+def test_a_run_without_experts_has_pictures_alone(source):
+    loader = make_loader(source, np.arange(4), VIEW, {}, batch=2, flip_readers={}, epochs=1)
+    assert [b["features"] for b in take(loader)] == [{}, {}]
+
+
 def test_every_epoch_has_each_picture_once_in_another_order(source):
     records = np.concatenate([batch["record"] for batch in take(make(source, seed=1), 10)]).reshape(4, 10)
     assert (np.sort(records) == np.arange(10)).all()

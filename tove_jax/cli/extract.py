@@ -10,15 +10,17 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
-    parser.add_argument("--experts", metavar="A,B", help="Only these of the configured experts.")
+    parser.add_argument("--experts", metavar="A,B", help="Only these of the configured experts; those that training reads when left out.")
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Extracts the missing features and prints where they lie."""
+    from tove_jax import methods
     from tove_jax.experts.extract import extract_all
 
-    only = args.experts.split(",") if args.experts else None
+    read = methods.get(args.config.method.name).training_experts(args.config)
+    only = args.experts.split(",") if args.experts else read
     stores = extract_all(args.config, args.workdir, experts=only, progress=not args.quiet)
     for folders in stores.values():
         for folder in folders:

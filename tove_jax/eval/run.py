@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tove_jax import methods
 from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, predictors, runner
@@ -59,7 +60,7 @@ def evaluate_run(config: Config | None, workdir: Path | str, *, step: int | None
     stored, params, provenance = load_student(workdir, step)
     config = with_stored_settings(stored, config)
     source, train, held_out = predictors.run_folder_source(config)
-    stores = open_stores(config, workdir)
+    stores = open_stores(config, workdir, only=methods.get(config.method.name).training_experts(config))
     views = predictors.views_of(config, source)
     patches = predictors.deployed(config, params, views, source, stores)
     student = predictors.student_predictor(config, params["student"], views, patches)
