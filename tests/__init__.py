@@ -1,0 +1,1 @@
+"""The tests; a package, so that shared fixtures are found by name."""
