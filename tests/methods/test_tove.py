@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -453,11 +454,17 @@ def test_presets(config):
         assert preset.adapter.kind == "none"
 
 
+def test_the_page_has_every_field_with_its_default():
+    text = (Path(__file__).parents[2] / "docs/methods/tove.md").read_text()
+    for name, value in dataclasses.asdict(ToVEConfig()).items():
+        assert f"| `{name}` | `{value}` |" in text, name
+
+
 @pytest.mark.parametrize("preset", ["paper", "recommended"])
 def test_full_size_parameters(preset):
     """ViT-B/16 at 224 with five experts: the count by its formula, and every path has axes and a group."""
-    config = from_file(f"configs/tove_vit_b.py:preset={preset}")
-    shapes = {"depth": (24, 24, 1), "normals": (30, 40, 3), "edges": (28, 28, 1)}
+    config = from_file(f"{Path(__file__).parents[2]}/configs/tove_vit_b.py:preset={preset}")
+    shapes = {"depth": (384, 384, 1), "normals": (480, 640, 3), "edges": (352, 352, 1)}
     shapes |= {"dinov2_b": (16, 16, 768), "eva02_clip_b": (14, 14, 768)}
     cards = {name: card(name, *shape) for name, shape in shapes.items()}
     assert tuple(shapes) == config.features.names and config.student.image_size == 224
@@ -488,3 +495,12 @@ def test_full_size_parameters(preset):
     )
     logical_specs(flat, logical_axes(config), "logical axes")
     first_match(config.optim.groups, flat, "groups")
+    given = {name: ExpertFeatures(jax.ShapeDtypeStruct((1, *shape), jnp.float32)) for name, shape in shapes.items()}
+    clip = jax.ShapeDtypeStruct((1, 196, 768), jnp.float32)
+
+    def cost(config):
+        lowered = jax.jit(lambda p, t, f: tove.enrich(p, t, f, config).tokens).lower(made, clip, given)
+        return lowered.cost_analysis()["flops"]
+
+    np.testing.assert_allclose(cost(config), 12.2e9, rtol=0.02)
+    np.testing.assert_allclose(cost(attach(config, "dinov2_b", "eva02_clip_b")), 0.73e9, rtol=0.02)
