@@ -80,7 +80,7 @@ def expected(params, x, forced, site="linears", dora=False, general=GENERAL):
             chosen.append((group, probs[group][row, token].argmax()))
         if forced[row] >= 0:
             chosen = [("teacher", forced[row])]
-        added = lambda site, z: sum(extra(group, site, expert, z) for group, expert in chosen)
+        added = lambda site, z, chosen=chosen: sum(extra(group, site, expert, z) for group, expert in chosen)
         linear = lambda name, z: z @ p[name]["kernel"] + p[name]["bias"]
         if site == "ffn":
             out[row, token] = linear("fc2", np.maximum(linear("fc1", z), 0)) + added("ffn", z)
@@ -91,7 +91,9 @@ def expected(params, x, forced, site="linears", dora=False, general=GENERAL):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"site": "ffn"}, {"dora": True}, {"general_experts": 0}], ids=["linears", "ffn", "dora", "no general"]
+    "fields",
+    [{}, {"site": "ffn"}, {"dora": True}, {"general_experts": 0}],
+    ids=["linears", "ffn", "dora", "no general"],
 )
 def test_equals_expert_by_expert(fields):
     module = host(**fields)
@@ -160,7 +162,9 @@ def test_forced_rows_know_one_expert_and_routed_rows_no_forced_choice(dora):
             else:
                 experts = np.asarray(leaf) if leaf.shape[0] == TEACHERS else np.moveaxis(np.asarray(leaf), 1, 0)
                 assert experts[1].any() and not experts[0].any() and not experts[2].any(), name
-    routed = [run(module, params, inputs={"forced": np.array([ROUTED, *rest])})[0][0] for rest in ((1, 1, 1), (0, 2, -1))]
+    routed = [
+        run(module, params, inputs={"forced": np.array([ROUTED, *rest])})[0][0] for rest in ((1, 1, 1), (0, 2, -1))
+    ]
     np.testing.assert_array_equal(*routed)
     through = gradient(np.array([ROUTED, 0, 0, 0]))
     assert all(np.abs(through[f"router_{group}"]["hidden"]["kernel"]).max() > 0 for group in ("teacher", "general"))
@@ -196,7 +200,9 @@ def test_dora_takes_no_gradient_through_the_norm_but_one_to_the_magnitude():
         w, kernel = p["adapter"][f"teacher_{site}"], p[base]["kernel"]
         whole = kernel + ALPHA / RANK * w["a_kernel"][:, 0] @ w["b_kernel"][0]
         norm, magnitude = jnp.linalg.norm(whole, axis=0), jnp.linalg.norm(kernel, axis=0) + w["magnitude"][0]
-        factor = (w["magnitude"][0] - jax.lax.stop_gradient(w["magnitude"][0] - magnitude)) / jax.lax.stop_gradient(norm)
+        factor = (w["magnitude"][0] - jax.lax.stop_gradient(w["magnitude"][0] - magnitude)) / jax.lax.stop_gradient(
+            norm
+        )
         return whole * factor
 
     def reference(p):

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from tove_jax.adapters.initializers import torch_linear
 

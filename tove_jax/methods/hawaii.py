@@ -22,7 +22,7 @@ Fine-grained distillation, of what each has for itself:
 
 Balance of the routers, E experts each, and the whole:
 
-    L_mb   = mean over layers of E sum_e f_e P_e, summed over the two routers      f: share of tokens, P: mean probability
+    L_mb   = mean over the layers of I^S of E sum_e f_e P_e, summed over the two routers      f: share of tokens, P: mean probability
     loss   = 0.5 (L_fg + L_cg) + 0.05 L_mb
 
 The equations are the paper's, but for the balance loss and the reductions, which it does not print; every
@@ -71,8 +71,8 @@ def requested_intermediates(config: Config) -> tuple[str, ...]:
     Raises:
       InputError: ``student.feature`` does not name the tokens of a layer.
     """
-    if not re.fullmatch(r"embeddings|layers/-?\d+", config.student.feature):
-        raise InputError(f"config.student.feature: expected layers/<i> or embeddings, found '{config.student.feature}'")
+    if not re.fullmatch(r"layers/-?\d+", config.student.feature):
+        raise InputError(f"config.student.feature: expected layers/<i>, found '{config.student.feature}'")
     kinds = ("probs_mean", "choice_mean", "entropy")
     groups = mola.groups(config.student.adapter.general_experts)
     return (config.student.feature, *[f"adapter/router_{group}_{kind}" for group in groups for kind in kinds])
@@ -100,18 +100,23 @@ def forward(
       key: of the adapters' dropout.
 
     Returns:
-      The intermediates named by `requested_intermediates`, of the routed pass; and ``forced``
-      (B, N_t, 1+m, D), the forced passes' tokens at ``student.feature``.
+      The intermediates named by `requested_intermediates`, of the routed pass, the routers' of the layers
+      that ``student.feature`` comes through (l, B, ...); and ``forced`` (B, N_t, 1+m, D), the forced
+      passes' tokens there.
     """
     del features
     passes = (mola.ROUTED, *range(len(config.features.names)))
     folded = jnp.broadcast_to(pixels[:, None], (pixels.shape[0], len(passes), *pixels.shape[1:]))
     folded = constrain(folded.reshape(-1, *pixels.shape[1:]), ("batch", None, None, None))
-    wanted = requested_intermediates(config)
-    found = encode(student, params["student"], folded, wanted, key, adapter_inputs={"forced": passes})
-    every = found[config.student.feature]
+    feature, *routers = requested_intermediates(config)
+    # Layers beyond the feature learn nothing, so neither they nor their routers run.
+    layers = int(feature.removeprefix("layers/")) % student.depth + 1
+    tower = {**params["student"], "layers": jax.tree.map(lambda leaf: leaf[:layers], params["student"]["layers"])}
+    names = (f"layers/{layers - 1}", *routers)
+    found = encode(student.clone(depth=layers), tower, folded, names, key, adapter_inputs={"forced": passes})
+    every = found.pop(names[0])
     every = every.reshape(-1, len(passes), *every.shape[1:])
-    return {**found, config.student.feature: every[:, 0], "forced": every[:, 1:]}
+    return {**found, feature: every[:, 0], "forced": every[:, 1:]}
 
 
 def training_experts(config: Config) -> tuple[str, ...]:
