@@ -75,7 +75,7 @@ def type_text(hint: Any) -> str:
 
 def _dataclasses(hint: Any) -> list[type]:
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    return [typing.cast(type, kind) for kind in kinds if dataclasses.is_dataclass(kind)]
 
 
 def _table(kind: type, path: str) -> str:

@@ -57,8 +57,8 @@ def first_match(rules: Iterable[tuple[str, Value]], paths: Iterable[str], what: 
     found: dict[str, Value] = {}
     missing = []
     for path in paths:
-        for pattern, value in compiled:
-            if pattern.fullmatch(path):
+        for expression, value in compiled:
+            if expression.fullmatch(path):
                 found[path] = value
                 break
         else:
