@@ -50,8 +50,10 @@ def test_head_learns_words_that_the_tokens_hold():
     generator = np.random.default_rng(2)
     word = generator.integers(0, 5, 64)
     tokens = 0.3 * generator.standard_normal((64, 6, 8))
-    # One token of six shows the word; the query has to find it.
-    tokens[np.arange(64), generator.integers(0, 6, 64), word] += 4
+    # One token of six shows the word, and its last channel says so; the query has to find it.
+    place = generator.integers(0, 6, 64)
+    tokens[np.arange(64), place, word] += 4
+    tokens[np.arange(64), place, 7] += 4
     tokens, captions = jnp.asarray(tokens, jnp.float32), jnp.asarray(word[:, None])
     params = CaptionHead(5).init(jax.random.key(0), tokens)["params"]
     optimizer = optax.adam(0.05)
@@ -67,7 +69,7 @@ def test_head_learns_words_that_the_tokens_hold():
             updates, state = optimizer.update(slope, state)
             return (optax.apply_updates(params, updates), state), value
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), None, 60)[1]
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, 100)[1]
 
     values = np.asarray(fit(params))
     assert values[0] > 1.2 and values[-1] < 0.1

@@ -29,7 +29,8 @@ from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
 from tove_jax.eval import detach, predictors
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
-from tove_jax.experts.extract import extract, store_path
+from tove_jax.experts.extract import extract
+from tove_jax.experts.run import store_path
 from tove_jax.methods import tove
 from tove_jax.models import vit
 
@@ -146,7 +147,7 @@ def by_hand(config, params, views, stores, source, indices):
 def test_deployed_tokens_are_the_enriched_ones(params, views, source, stores):
     chosen = [5, 0, 9, 3, 2, 1, 7, 11, 4]
     for names in (("bright", "noise"), ("noise",), ()):
-        config = detach.with_attached(CONFIG, names)
+        config = tove.attach(CONFIG, names)
         clip, found = by_hand(config, params, views, stores, source, chosen)
         given = {name: stores[name] for name in names}
         tokens = predictors.deployed(config, params, views, source, given)
@@ -237,7 +238,7 @@ def test_what_cannot_be_detached_is_said(run, monkeypatch, params):
     with pytest.raises(InputError, match="expected a vocabulary"):
         detach.detach_run(None, folder, progress=False)
     for config, words in (
-        (detach.with_attached(CONFIG, ()), "no expert is attached"),
+        (tove.attach(CONFIG, ()), "no expert is attached"),
         (
             dataclasses.replace(CONFIG, method=MoveKDConfig()),
             "expected a run of ToVE, found config.method.name 'move_kd'",

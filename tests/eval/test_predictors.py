@@ -52,7 +52,7 @@ class Source:
 class Store:
     """The part of a feature store that evaluation uses."""
 
-    manifest = types.SimpleNamespace(statistics=types.SimpleNamespace(mean=0.5, std=2.0))
+    manifest = types.SimpleNamespace(statistics=types.SimpleNamespace(channel_mean=[0.5, 0.0, -0.5, 1.0, 0.25], centred_std=2.0))
 
     def __init__(self, patches: np.ndarray, summary: np.ndarray | None = None) -> None:
         self.patches, self.summary = patches, summary
@@ -160,7 +160,7 @@ def test_feature_errors_by_their_definition(params, source, tokens):
     adapter = move_kd.encoder_adapter(CONFIG.method, 4, 12)
     trained = {"other": adapter.init(jax.random.key(1), jnp.asarray(other[:1]))["params"]}
     stores = {"clip": Store(clip.astype(np.float32)), "other": Store(other)}
-    for standardize, seen in (("none", other), ("global", (other - 0.5) / 2)):
+    for standardize, seen in (("none", other), ("centred", (other - Store.manifest.statistics.channel_mean) / 2)):
         config = dataclasses.replace(
             CONFIG, features=FeaturesConfig(("clip", "other"), standardize=standardize)
         )

@@ -44,8 +44,7 @@ def make_config(**method):
 
 
 def attach(config, *names):
-    method = dataclasses.replace(config.method, attach_all=False, attached=names)
-    return dataclasses.replace(config, method=method)
+    return tove.attach(config, names)
 
 
 def change(config, **method):

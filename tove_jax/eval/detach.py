@@ -23,8 +23,7 @@ from tove_jax.eval.run import with_stored_settings
 from tove_jax.experts import registry
 from tove_jax.experts.base import Expert, ExpertFeatures
 from tove_jax.experts.codecs import decode_features
-from tove_jax.experts.extract import chosen_experts
-from tove_jax.experts.run import load_options, open_stores, standardized
+from tove_jax.experts.run import chosen_experts, load_options, open_stores, standardized
 from tove_jax.experts.store import FeatureStore
 from tove_jax.files.atomic import atomic_write_bytes, atomic_write_json
 from tove_jax.methods import tove
@@ -49,12 +48,6 @@ class Contribution:
 
     gate: float
     share: float
-
-
-def with_attached(config: Config, names: Sequence[str]) -> Config:
-    """Returns a ToVE run's settings with these experts attached and no other."""
-    method = dataclasses.replace(config.method, attach_all=False, attached=tuple(names))
-    return dataclasses.replace(config, method=method)
 
 
 def contributions(
@@ -235,7 +228,7 @@ def detach_run(
     rows = []
     for gone in tqdm(range(len(order) + 1), desc="detach", unit="encoder", disable=not progress):
         names = [name for name in hub if name not in order[:gone]]
-        asked = with_attached(config, names)
+        asked = tove.attach(config, names)
         patches = predictors.deployed(asked, params, views, source, stores)
         found = runner.score(
             {"student": lambda indices, run=patches: run(indices).mean(axis=1)},

@@ -19,6 +19,7 @@ head. T' is later distilled into one CLIP (`merge_loss`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -74,6 +75,13 @@ def deployed_experts(config: Config) -> tuple[str, ...]:
                 known = f"{nearest(name, hub)}; experts: {', '.join(hub)}"
                 raise InputError(f"config.method.{field}: '{name}' is not in config.features.experts{known}")
     return hub if method.attach_all else tuple(name for name in hub if name in method.attached)
+
+
+def attach(config: Config, names: Sequence[str]) -> Config:
+    """Returns the settings with these experts attached and no other."""
+    return dataclasses.replace(
+        config, method=dataclasses.replace(config.method, attach_all=False, attached=tuple(names))
+    )
 
 
 def training_experts(config: Config) -> tuple[str, ...]:
