@@ -27,8 +27,9 @@ from tove_jax.errors import InputError
 from tove_jax.experts import extract as module
 from tove_jax.experts import store
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
-from tove_jax.experts.extract import chosen_experts, extract, extract_all
+from tove_jax.experts.extract import extract
 from tove_jax.experts.manifest import FILE_NAME, Manifest
+from tove_jax.experts.run import chosen_experts, extract_all
 from tove_jax.experts.store import FeatureStore, verify_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,7 +204,7 @@ def test_without_waiting_leaves_claimed_shards_to_others(tmp_path):
     extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
     manifest = Manifest.read(folder)
     (folder / manifest.shards[3].file).unlink()
-    with module._claim(folder / "shard-00003-of-00007.lock") as claimed:
+    with module.claim(folder / "shard-00003-of-00007.lock") as claimed:
         assert claimed
         assert not extract(HOST, Toys(), range(COUNT), folder, wait=False, **OPTIONS).complete
         with pytest.raises(InputError, match="not finished"):

@@ -30,7 +30,7 @@ def overrides(folder, *more):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A folder with ``pictures``, ``features`` and ``start``."""
-    from tove_jax.experts.extract import extract_all
+    from tove_jax.experts.run import extract_all
 
     folder = tmp_path_factory.mktemp("prepared")
     rng = np.random.default_rng(0)

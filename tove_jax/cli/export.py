@@ -72,8 +72,7 @@ def export_run(config: Config | None, workdir: Path, *, step: int | None = None,
 def _experts(config: Config, workdir: Path, provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns what is known of every expert of the run, with the hash of its weights."""
     from tove_jax.experts import registry
-    from tove_jax.experts.extract import chosen_experts
-    from tove_jax.experts.run import expert_cards
+    from tove_jax.experts.run import chosen_experts, expert_cards
 
     try:
         cards = expert_cards(config, workdir)

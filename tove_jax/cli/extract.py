@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extracts the missing features and prints where they lie."""
     from tove_jax import methods
-    from tove_jax.experts.extract import extract_all
+    from tove_jax.experts.run import extract_all
 
     read = methods.get(args.config.method.name).training_experts(args.config)
     only = args.experts.split(",") if args.experts else read

@@ -21,11 +21,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tove_jax.config.schema import Config
 from tove_jax.data.picture import PictureSource
-from tove_jax.data.split import split
 from tove_jax.data.view import View
-from tove_jax.errors import InputError, nearest
+from tove_jax.errors import InputError
 from tove_jax.experts import codecs
 from tove_jax.experts.base import Expert, ExpertFeatures
 from tove_jax.experts.manifest import FILE_NAME, Manifest, Moments, ShardEntry, describe
@@ -33,8 +31,6 @@ from tove_jax.experts.store import FeatureStore, ShardWriter, index_path, partia
 from tove_jax.files.atomic import atomic_write_bytes
 
 _POLL_SECONDS = 0.2
-FLIP_SUFFIX = "@flip"
-"""Ends the folder name of a store of mirrored pictures."""
 
 
 def extract(
@@ -117,7 +113,7 @@ def extract(
                     if _is_done(folder, manifest, number):
                         bar.update(manifest.shards[number].records)
                         continue
-                    with _claim(_lock_path(folder, manifest, number)) as claimed:
+                    with claim(_lock_path(folder, manifest, number)) as claimed:
                         if not claimed:
                             busy.append(number)
                         elif _is_done(folder, manifest, number):
@@ -255,7 +251,7 @@ class _Work:
 def _begin(folder: Path, wanted: Manifest) -> Manifest:
     """Creates the manifest, or checks that the one there is for the same thing; incomplete if a shard is missing."""
     path = folder / FILE_NAME
-    with _claim(folder / "manifest.lock", wait=True):
+    with claim(folder / "manifest.lock", wait=True):
         if not path.exists():
             atomic_write_bytes(path, wanted.to_json())
             return wanted
@@ -272,7 +268,7 @@ def _begin(folder: Path, wanted: Manifest) -> Manifest:
 
 def _finish(folder: Path) -> Manifest:
     """Writes checksums and statistics into the manifest once every shard is there."""
-    with _claim(folder / "manifest.lock", wait=True):
+    with claim(folder / "manifest.lock", wait=True):
         manifest = Manifest.read(folder)
         if not manifest.complete:
             moments, shards = Moments(), []
@@ -296,7 +292,7 @@ def _sweep(folder: Path, manifest: Manifest) -> None:
         lock = _lock_path(folder, manifest, number)
         if not names & {lock.name, partial_path(folder / shard.file).name}:
             continue
-        with _claim(lock) as claimed:
+        with claim(lock) as claimed:
             if claimed:
                 partial_path(folder / shard.file).unlink(missing_ok=True)
     # Only a holder of the manifest's lock writes it, and no index is written once all are there.
@@ -320,7 +316,7 @@ def _lock_path(folder: Path, manifest: Manifest, number: int) -> Path:
 
 
 @contextlib.contextmanager
-def _claim(path: Path, wait: bool = False) -> Iterator[bool]:
+def claim(path: Path, wait: bool = False) -> Iterator[bool]:
     """Holds a lock file, and removes it at the end; yields whether it was got.
 
     The lock is the system's (flock), so a killed holder frees it. A holder removes the file, so
@@ -351,103 +347,3 @@ def _claim(path: Path, wait: bool = False) -> Iterator[bool]:
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(handle)
-
-
-def extract_all(
-    config: Config,
-    workdir: Path | str,
-    *,
-    experts: Sequence[str] | None = None,
-    source: PictureSource | None = None,
-    load: Callable[..., Expert] | None = None,
-    progress: bool = True,
-) -> dict[str, list[Path]]:
-    """Extracts every configured expert: all pictures plain and, with ``data.flip``, the training ones mirrored.
-
-    Args:
-      config: of the run; its features, data and student sections are used.
-      workdir: folder of the run.
-      experts: only these of the configured experts, as specified there or by name.
-      source: of the pictures; made from ``config.data`` when None.
-      load: of experts, ``load(spec, **options)`` with `load_options`; the registry's when None.
-      progress: show progress bars.
-
-    Returns:
-      expert's name -> its stores.
-
-    Raises:
-      InputError: as `extract`; also an unknown expert, or one given twice.
-    """
-    from tove_jax.experts import registry
-    from tove_jax.experts.run import load_options  # here: that module reads the run's layout from this one
-
-    specs = chosen_experts(config, experts)
-    if load is None:
-        load = registry.load
-        for spec in specs.values():
-            registry.parse(spec)  # a misspelt expert is told before another one runs for an hour
-    if source is None:
-        from tove_jax.data import make_source
-
-        source = make_source(config.data)
-    sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
-    everything = np.sort(np.concatenate([sides.train, sides.held_out]))
-    stores: dict[str, list[Path]] = {}
-    for name, spec in specs.items():
-        with writing(workdir):
-            Path(workdir).mkdir(parents=True, exist_ok=True)
-            # The first process to come makes the student's start; the others shall not replace it under its reader.
-            with _claim(Path(workdir) / "start.lock", wait=True):
-                options = load_options(config, Path(workdir), name)
-        expert = load(spec, **options)
-        runs = [(store_path(config, workdir, name), expert.card.view, everything)]
-        if config.data.flip and len(sides.train):
-            runs.append((store_path(config, workdir, name, flip=True), expert.card.view.flipped(), sides.train))
-        for folder, view, indices in runs:
-            extract(
-                expert,
-                source,
-                indices,
-                folder,
-                codec=config.features.codec,
-                shard_records=config.features.shard_records,
-                batch=config.features.batch,
-                view=view,
-                threads=config.data.threads,
-                progress=progress,
-            )
-        stores[name] = [folder for folder, _, _ in runs]
-    return stores
-
-
-def chosen_experts(config: Config, only: Sequence[str] | None = None) -> dict[str, str]:
-    """Returns the configured experts, name -> spec ``name[:size]``.
-
-    Args:
-      config: of the run.
-      only: leave out all but these specs or names.
-
-    Raises:
-      InputError: two specs of one name, or a name in `only` that is not configured.
-    """
-    specs: dict[str, str] = {}
-    for spec in config.features.experts:
-        name = spec.partition(":")[0]
-        if name in specs:
-            raise InputError(f"features.experts: {name!r} is given twice, as {specs[name]!r} and {spec!r}")
-        specs[name] = spec
-    if only is None:
-        return specs
-    known = {*specs, *specs.values()}
-    for spec in only:
-        if spec not in known:
-            raise InputError(
-                f"experts: expected some of {', '.join(specs.values())}, found {spec!r}{nearest(spec, sorted(known))}"
-            )
-    return {name: spec for name, spec in specs.items() if name in only or spec in only}
-
-
-def store_path(config: Config, workdir: Path | str, name: str, *, flip: bool = False) -> Path:
-    """Returns the folder of an expert's store; ``flip`` for the one of mirrored pictures."""
-    base = Path(config.features.path) if config.features.path else Path(workdir) / "features"
-    return base / (name + FLIP_SUFFIX if flip else name)

@@ -1,21 +1,60 @@
-"""The experts of one run: their cards, and their stores opened and checked against them."""
+"""The experts of one run: which they are, extracting them all, their stores opened and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tove_jax.config.schema import Config
-from tove_jax.errors import InputError
+from tove_jax.data import make_source
+from tove_jax.data.picture import PictureSource
+from tove_jax.data.split import split
+from tove_jax.errors import InputError, nearest
 from tove_jax.experts import registry
-from tove_jax.experts.base import ExpertCard, ExpertFeatures
-from tove_jax.experts.extract import chosen_experts, store_path
+from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
+from tove_jax.experts.extract import claim, extract
 from tove_jax.experts.manifest import Manifest
-from tove_jax.experts.store import FeatureStore
+from tove_jax.experts.store import FeatureStore, writing
 from tove_jax.hf.start import start_folder
+
+FLIP_SUFFIX = "@flip"
+"""Ends the folder name of a store of mirrored pictures."""
+
+
+def chosen_experts(config: Config, only: Sequence[str] | None = None) -> dict[str, str]:
+    """Returns the configured experts, name -> spec ``name[:size]``.
+
+    Args:
+      config: of the run.
+      only: leave out all but these specs or names.
+
+    Raises:
+      InputError: two specs of one name, or a name in `only` that is not configured.
+    """
+    specs: dict[str, str] = {}
+    for spec in config.features.experts:
+        name = spec.partition(":")[0]
+        if name in specs:
+            raise InputError(f"features.experts: {name!r} is given twice, as {specs[name]!r} and {spec!r}")
+        specs[name] = spec
+    if only is None:
+        return specs
+    known = {*specs, *specs.values()}
+    for spec in only:
+        if spec not in known:
+            raise InputError(
+                f"experts: expected some of {', '.join(specs.values())}, found {spec!r}{nearest(spec, sorted(known))}"
+            )
+    return {name: spec for name, spec in specs.items() if name in only or spec in only}
+
+
+def store_path(config: Config, workdir: Path | str, name: str, *, flip: bool = False) -> Path:
+    """Returns the folder of an expert's store; ``flip`` for the one of mirrored pictures."""
+    base = Path(config.features.path) if config.features.path else Path(workdir) / "features"
+    return base / (name + FLIP_SUFFIX if flip else name)
 
 
 def load_options(config: Config, workdir: Path, name: str) -> dict[str, Any]:
@@ -38,6 +77,68 @@ def expert_cards(config: Config, workdir: Path, only: Sequence[str] | None = Non
         name: registry.describe(spec, **load_options(config, workdir, name))
         for name, spec in chosen_experts(config, only).items()
     }
+
+
+def extract_all(
+    config: Config,
+    workdir: Path | str,
+    *,
+    experts: Sequence[str] | None = None,
+    source: PictureSource | None = None,
+    load: Callable[..., Expert] | None = None,
+    progress: bool = True,
+) -> dict[str, list[Path]]:
+    """Extracts every configured expert: all pictures plain and, with ``data.flip``, the training ones mirrored.
+
+    Args:
+      config: of the run; its features, data and student sections are used.
+      workdir: folder of the run.
+      experts: only these of the configured experts, as specified there or by name.
+      source: of the pictures; made from ``config.data`` when None.
+      load: of experts, ``load(spec, **options)`` with `load_options`; the registry's when None.
+      progress: show progress bars.
+
+    Returns:
+      expert's name -> its stores.
+
+    Raises:
+      InputError: as `extract`; also an unknown expert, or one given twice.
+    """
+    specs = chosen_experts(config, experts)
+    if load is None:
+        load = registry.load
+        for spec in specs.values():
+            registry.parse(spec)  # a misspelt expert is told before another one runs for an hour
+    if source is None:
+        source = make_source(config.data)
+    sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
+    everything = np.sort(np.concatenate([sides.train, sides.held_out]))
+    stores: dict[str, list[Path]] = {}
+    for name, spec in specs.items():
+        with writing(workdir):
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+            # The first process to come makes the student's start; the others shall not replace it under its reader.
+            with claim(Path(workdir) / "start.lock", wait=True):
+                options = load_options(config, Path(workdir), name)
+        expert = load(spec, **options)
+        runs = [(store_path(config, workdir, name), expert.card.view, everything)]
+        if config.data.flip and len(sides.train):
+            runs.append((store_path(config, workdir, name, flip=True), expert.card.view.flipped(), sides.train))
+        for folder, view, indices in runs:
+            extract(
+                expert,
+                source,
+                indices,
+                folder,
+                codec=config.features.codec,
+                shard_records=config.features.shard_records,
+                batch=config.features.batch,
+                view=view,
+                threads=config.data.threads,
+                progress=progress,
+            )
+        stores[name] = [folder for folder, _, _ in runs]
+    return stores
 
 
 def open_stores(

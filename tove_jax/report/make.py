@@ -12,9 +12,8 @@ from tove_jax.errors import InputError
 from tove_jax.eval.predictors import run_folder_source
 from tove_jax.eval.run import with_stored_settings
 from tove_jax.experts import registry
-from tove_jax.experts.extract import chosen_experts, store_path
 from tove_jax.experts.manifest import Manifest
-from tove_jax.experts.run import load_options
+from tove_jax.experts.run import chosen_experts, load_options, store_path
 from tove_jax.files.atomic import atomic_write_bytes
 from tove_jax.report import maps, page
 from tove_jax.report.collect import ExpertFacts, collect

@@ -17,8 +17,7 @@ from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts import registry
 from tove_jax.experts.base import Expert
-from tove_jax.experts.extract import chosen_experts
-from tove_jax.experts.run import load_options
+from tove_jax.experts.run import chosen_experts, load_options
 from tove_jax.models import vit
 from tove_jax.report.collect import Panel, PictureMaps
 

@@ -29,9 +29,8 @@ from tove_jax.data.split import split
 from tove_jax.data.view import View
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
-from tove_jax.experts.extract import store_path
 from tove_jax.experts.manifest import Manifest
-from tove_jax.experts.run import expert_cards, open_stores
+from tove_jax.experts.run import expert_cards, open_stores, store_path
 from tove_jax.experts.store import FeatureStore
 from tove_jax.parallel import check_replication, make_mesh, shard_batch
 from tove_jax.parallel.sharding import batch_sharding, replicated
