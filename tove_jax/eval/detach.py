@@ -162,6 +162,35 @@ def encoder_latency(
     return median_time(lambda: run(params, pixels, features), repeats)
 
 
+def judge(
+    config: Config,
+    params: Mapping[str, Any],
+    patches: predictors.Tokens,
+    labels: Sequence[str | None],
+    train: list[int],
+    held_out: list[int],
+    table: np.ndarray | None,
+) -> dict[str, Any]:
+    """Scores one encoder's patch tokens: ``knn`` and ``probe`` with intervals, ``text`` loss or None.
+
+    Args:
+      config: the run's settings.
+      params: ToVE's own.
+      patches: of the encoder.
+      labels: of all pictures.
+      train: numbers of the labelled gallery.
+      held_out: numbers of the judged pictures.
+      table: words of every caption, or None without a text loss.
+    """
+    student = {"student": lambda indices: patches(indices).mean(axis=1)}
+    found = runner.score(student, labels, train, held_out, config.eval).metrics
+    result: dict[str, Any] = {}
+    for task in ("knn", "probe"):
+        result |= {task + end: found[f"eval/{task}/student{end}"] for end in ("", "_low", "_high")}
+    result["text"] = None if table is None else text_loss(params, patches, table, held_out, config.eval.batch)
+    return result
+
+
 def detach_run(
     config: Config | None,
     workdir: Path | str,
@@ -230,19 +259,8 @@ def detach_run(
         names = [name for name in hub if name not in order[:gone]]
         asked = tove.attach(config, names)
         patches = predictors.deployed(asked, params, views, source, stores)
-        found = runner.score(
-            {"student": lambda indices, run=patches: run(indices).mean(axis=1)},
-            source.labels,
-            train,
-            held_out,
-            config.eval,
-        ).metrics
         row: dict[str, Any] = {"attached": names, "detached": order[gone - 1] if gone else None}
-        for task in ("knn", "probe"):
-            row |= {task + end: found[f"eval/{task}/student{end}"] for end in ("", "_low", "_high")}
-        row["text"] = None
-        if words is not None:
-            row["text"] = text_loss(params["method"], patches, words, held_out, config.eval.batch)
+        row |= judge(asked, params["method"], patches, source.labels, train, held_out, words)
         row |= dict.fromkeys(("encoder_ms", "experts_ms", "total_ms"))
         if times is not None:
             row["encoder_ms"] = encoder_latency(asked, params, shapes, batch, repeats)
