@@ -59,7 +59,11 @@ def test_published_names(make_student, make_params, tmp_path):
     student = make_student("mola", teacher_experts=2, general_experts=1, router_width=5)
     params = make_params(student)
     arrays = rules.to_arrays(params, clip.RULES)
-    mine = {name.removeprefix("encoder.layers.2.mlp."): a for name, a in arrays.items() if name.startswith("encoder.layers.2.mlp.")}
+    mine = {
+        name.removeprefix("encoder.layers.2.mlp."): a
+        for name, a in arrays.items()
+        if name.startswith("encoder.layers.2.mlp.")
+    }
     expected = {f"fc{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}
     for group, count in (("teacher", 2), ("general", 1)):
         expected |= {f"router_{group}.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}

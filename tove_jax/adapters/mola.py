@@ -170,7 +170,9 @@ class MoLA(nn.Module):
             return jnp.asarray(forced)
         routed = sum(expert == ROUTED for expert in forced)
         if not forced or rows % len(forced) or any(e != ROUTED for e in forced[:routed]):
-            raise InputError(f"MoLA: forced: expected passes that divide {rows} rows, routed ones first, found {forced}")
+            raise InputError(
+                f"MoLA: forced: expected passes that divide {rows} rows, routed ones first, found {forced}"
+            )
         if any(not 0 <= expert < self.teacher_experts for expert in forced[routed:]):
             raise InputError(f"MoLA: forced: there are {self.teacher_experts} teacher experts, found {forced}")
         return forced

@@ -194,7 +194,9 @@ def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) ->
     folder = locate(folder_or_hub_id)
     student = read_student(folder)
     if student.adapter.kind != "none":
-        raise InputError(f"{folder}: has LoRA experts ({MODEL_TYPES[student.adapter.kind]}), expected a plain CLIP; use import_student")
+        raise InputError(
+            f"{folder}: has LoRA experts ({MODEL_TYPES[student.adapter.kind]}), expected a plain CLIP; use import_student"
+        )
     params = _tree(folder, student, _clip_arrays(folder))
     student = dataclasses.replace(student, initialize=str(folder_or_hub_id))
     return with_image_size(vars(student).copy(), params, image_size)

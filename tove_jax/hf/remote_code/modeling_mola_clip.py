@@ -48,9 +48,7 @@ class MolaCLIPMLP(nn.Module):
             outer = nn.Linear(adapter["router_width"], counts[group])
             setattr(self, f"router_{group}", nn.Sequential(inner, nn.GELU(), outer))
             for site, (inputs, outputs) in sites.items():
-                experts = [
-                    LoraExpert(inputs, outputs, adapter["rank"], adapter["dora"]) for _ in range(counts[group])
-                ]
+                experts = [LoraExpert(inputs, outputs, adapter["rank"], adapter["dora"]) for _ in range(counts[group])]
                 setattr(self, f"mola_{group}_{site}", nn.ModuleList(experts))
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +64,7 @@ class MolaCLIPMLP(nn.Module):
         experts = [expert for group in self.groups for expert in getattr(self, f"mola_{group}_{site}")]
         weights = [expert.lora_B.weight for expert in experts]
         if stretch is not None:
-            weights = [weight * one[:, None] for weight, one in zip(weights, 1 + stretch)]
+            weights = [weight * one[:, None] for weight, one in zip(weights, 1 + stretch, strict=True)]
         x = nn.functional.dropout(x, self.dropout, self.training)
         hidden = nn.functional.linear(x, torch.cat([expert.lora_A.weight for expert in experts]))
         hidden = hidden.unflatten(-1, (len(experts), -1)) * (gate * self.scale).unsqueeze(-1)
