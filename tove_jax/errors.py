@@ -14,6 +14,13 @@ class InputError(ValueError):
     """
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite; the message names step, records and checkpoint.
+
+    The command line prints it without a traceback and exits with status 3.
+    """
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `` (did you mean 'x'?)`` for the closest known name, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

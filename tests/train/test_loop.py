@@ -14,9 +14,10 @@ import pytest
 
 from tests.train.conftest import ROOT, overrides
 from tove_jax.config import from_file
+from tove_jax.errors import InputError, NonFiniteError
 from tove_jax.train import checkpoint, loop
 from tove_jax.train.checkpoint import load_student
-from tove_jax.train.loop import NonFiniteError, train
+from tove_jax.train.loop import train
 from tove_jax.train.metrics import read_rows
 from tove_jax.train.state import flatten
 
@@ -154,3 +155,14 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(on_one_device, run_folder, 
     one = parameters(on_one_device)
     for path, leaf in parameters(run_folder).items():
         np.testing.assert_allclose(leaf, one[path], atol=1e-4, err_msg=path)
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path, configure):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--workdir: cannot make .*Not a directory"):
+        train_on_one(configure(), tmp_path / "file" / "run")
+
+
+def test_a_batch_that_does_not_divide(tmp_path, configure):
+    with pytest.raises(InputError, match="config.train.batch: 8 does not divide into accumulation 3"):
+        train_on_one(configure("--config.train.accumulation=3"), tmp_path / "run")

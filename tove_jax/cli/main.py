@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tove_jax.errors import InputError, nearest
+from tove_jax.errors import InputError, NonFiniteError, nearest
 
 # Command -> module; loaded only when called, so that `tove --help` starts no JAX.
 COMMANDS = {
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
       argv: arguments without the program's name; those of the process when None.
 
     Returns:
-      The exit status: 0 done, 1 a check failed, 2 bad input, 130 or 143 stopped by a signal.
+      The exit status: 0 done, 1 a check failed, 2 bad input or a failing disk, 3 a loss that is not
+      finite, 130 or 143 stopped by a signal.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -71,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"tove {command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"tove {command}: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"tove {command}: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print(f"tove {command}: interrupted", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ from tove_jax.data.picture import PictureSource
 from tove_jax.data.split import split
 from tove_jax.data.view import View
 from tove_jax.data.vocabulary import Vocabulary
-from tove_jax.errors import InputError
+from tove_jax.errors import InputError, NonFiniteError
 from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.run import expert_cards, open_stores, store_path
 from tove_jax.experts.store import FeatureStore
@@ -41,10 +41,6 @@ from tove_jax.train.objective import count, make_loss
 from tove_jax.train.optimizer import make_optimizer
 from tove_jax.train.state import TrainState
 from tove_jax.train.step import make_step
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite; the message names step, records and checkpoint."""
 
 
 def train(
@@ -65,7 +61,10 @@ def train(
       InputError: settings, features or a checkpoint that do not fit.
       NonFiniteError: after saving the state that met it.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir: cannot make {workdir}: {error.strerror}") from None
     mesh = make_mesh(config.mesh, devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch % (config.train.accumulation * shards):
