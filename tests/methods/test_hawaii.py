@@ -555,6 +555,18 @@ def test_full_size_configs(teachers):
             door.from_file(f"configs/hawaii_vit_l.py:{wrong}")
 
 
+def test_bfloat16_student_keeps_float32_losses():
+    config, params, outputs, features, batch = objective_case(instruction_width=TEXT)
+    expected, _ = evaluate(config, params, outputs, features, batch)
+    low = {
+        name: jnp.asarray(x, jnp.float32 if name.startswith("adapter/") else jnp.bfloat16)
+        for name, x in outputs.items()
+    }
+    loss, metrics = evaluate(config, params, low, features, batch)
+    assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(loss, expected, rtol=0.02)
+
+
 def test_contracts_that_do_not_fit_are_refused():
     config, key = make_config(), jax.random.key(0)
 
