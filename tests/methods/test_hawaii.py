@@ -331,6 +331,17 @@ def test_stopped_scores_leave_the_text_head_without_a_gradient():
     assert all(np.asarray(leaf).any() for name in NAMES for leaf in jax.tree.leaves(stopped[name]))
 
 
+def test_no_gradient_into_the_instruction():
+    config, params, outputs, features, batch = objective_case(instruction_width=TEXT)
+
+    def loss(words):
+        return hawaii.objective(params, outputs, features, {**batch, "instruction": words}, config)[0]
+
+    words = batch["instruction"]
+    assert loss(words) != loss(2 * words)
+    assert not np.asarray(jax.jit(jax.grad(loss))(words)).any()
+
+
 def test_token_scores_sum_to_one_and_leave_padding_out():
     config, _, _, _, batch = objective_case(instruction_width=TEXT)
     random = np.random.default_rng(3)
