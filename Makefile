@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 METHOD ?= move_kd
-WORKDIR ?= runs/demo
+WORKDIR ?= runs/demo$(if $(filter move_kd,$(METHOD)),,_$(METHOD))
+SEEDS ?= 1 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo demo-seeds test lint docs clean
 
 demo: $(VENV)/demo.done
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh "$(METHOD)" "$(WORKDIR)"
+
+demo-seeds: demo
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo_seeds.sh "$(METHOD)" "$(WORKDIR)" $(SEEDS)
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest $(TESTS)
