@@ -54,7 +54,7 @@ def text(name):
     factors = parameter_factors(config.optim, shapes)
     mesh = make_mesh(MeshConfig(2, 2, 2))
     shardings = tree_shardings(shapes, logical_specs(shapes, logical_axes(config), "logical axes"), mesh)
-    lines.append(f"\nparameters, their learning-rate factor, and their axes on data 2 x fsdp 2 x tensor 2")
+    lines.append("\nparameters, their learning-rate factor, and their axes on data 2 x fsdp 2 x tensor 2")
     for path, leaf in sorted(shapes.items()):
         group = "frozen" if factors[path] is None else f"{factors[path]:g}"
         lines.append(f"{path} {leaf.shape} {group} {tuple(shardings[path].spec)}")
