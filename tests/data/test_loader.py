@@ -119,6 +119,14 @@ def test_captions_are_found_by_record(source):
         make(source, captions=table[:9])
 
 
+def test_rows_without_a_picture_are_told(source):
+    assert "has_picture" not in take(make(source, shuffle=False, epochs=1))[0]
+    source.pictured = [index % 3 != 0 for index in range(len(source))]
+    for batch in take(make(source, shuffle=False, epochs=1)):
+        wanted = [bool(real) and int(record) % 3 != 0 for real, record in zip(batch["mask"], batch["record"], strict=True)]
+        np.testing.assert_array_equal(batch["has_picture"], wanted)
+
+
 def test_a_run_without_experts_has_pictures_alone(source):
     loader = make_loader(source, np.arange(4), VIEW, {}, batch=2, flip_readers={}, epochs=1)
     assert [b["features"] for b in take(loader)] == [{}, {}]

@@ -108,11 +108,12 @@ class _Assemble:
         pixels: _Pixels,
         features: tuple[dict[str, _Features], ...],
         captions: np.ndarray | None,
+        pictured: np.ndarray | None,
         seed: int,
     ):
         self.order, self.total, self.batch, self.rows = order, total, batch, rows
         self.indices, self.ids, self.pixels, self.features, self.seed = indices, ids, pixels, features, seed
-        self.captions = captions
+        self.captions, self.pictured = captions, pictured
 
     def side(self, epoch: int, position: int) -> int:
         """Returns 0 for the plain and 1 for the mirrored picture."""
@@ -141,6 +142,8 @@ class _Assemble:
             mask[row] = True
             record[row] = self.indices[position]
         result = {"pixels": pixels, "features": arrays, "mask": mask, "record": record}
+        if self.pictured is not None:
+            result["has_picture"] = mask & self.pictured[record]
         if self.captions is not None:
             words = np.where(mask[:, None], self.captions[record], -1)
             result |= {"captions": np.maximum(words, 0), "caption_mask": words >= 0}
@@ -214,7 +217,8 @@ def make_loader(
     ``pixels`` uint8 (b, size, size, 3), the student's cut, not normalised; ``features``
     {expert: payload with a leading b}; ``mask`` bool (b,), False for rows that only fill the last
     batch (zeros, record -1); ``record`` int32 (b,), index into ``source.ids``. Features are found by
-    picture id. With `captions` there are ``captions`` int32 (b, L) and ``caption_mask`` bool (b, L), which of
+    picture id. A source that knows rows without a picture (LLaVA's text) adds ``has_picture`` bool (b,).
+    With `captions` there are ``captions`` int32 (b, L) and ``caption_mask`` bool (b, L), which of
     them are tokens. Row r of process p is row ``p * b + r`` of the global batch.
 
     With `flip_readers` each picture of each epoch is, by a hash of seed, epoch and record, plain or
@@ -308,6 +312,7 @@ def make_loader(
         _Pixels(source, indices, view, keep=keep, sides=sides),
         tuple(features),
         captions,
+        None if (pictured := getattr(source, "pictured", None)) is None else np.asarray(pictured, bool),
         seed,
     )
     record_bytes = picture_bytes + sum(
