@@ -65,7 +65,13 @@ def test_the_ground_floor_knows_no_model():
     known = modules()
     for name, path in known.items():
         if room(name) in ("data", "parallel"):
-            assert not {room(t) for t in imported(path, known, False)} - {"data", "parallel", "config", "files", "errors"}
+            assert not {room(t) for t in imported(path, known, False)} - {
+                "data",
+                "parallel",
+                "config",
+                "files",
+                "errors",
+            }
 
 
 def test_no_circles():

@@ -123,7 +123,9 @@ def test_rows_without_a_picture_are_told(source):
     assert "has_picture" not in take(make(source, shuffle=False, epochs=1))[0]
     source.pictured = [index % 3 != 0 for index in range(len(source))]
     for batch in take(make(source, shuffle=False, epochs=1)):
-        wanted = [bool(real) and int(record) % 3 != 0 for real, record in zip(batch["mask"], batch["record"], strict=True)]
+        wanted = [
+            bool(real) and int(record) % 3 != 0 for real, record in zip(batch["mask"], batch["record"], strict=True)
+        ]
         np.testing.assert_array_equal(batch["has_picture"], wanted)
 
 

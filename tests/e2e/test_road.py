@@ -28,7 +28,13 @@ def test_the_road(workdir, capsys):
     for command in ("extract", "train", "eval", "export", "report"):
         assert tove(command, workdir) == 0, command
     assert main(["verify", str(workdir / "export")]) == 0
-    assert {path.name for path in workdir.iterdir()} >= {"features", "checkpoints", "export", "report.html", "metrics.json"}
+    assert {path.name for path in workdir.iterdir()} >= {
+        "features",
+        "checkpoints",
+        "export",
+        "report.html",
+        "metrics.json",
+    }
 
     metrics = json.loads((workdir / "metrics.json").read_text())
     for kind in ("knn", "probe"):

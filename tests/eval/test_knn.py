@@ -19,9 +19,7 @@ def test_equals_scikit_learn():
         reference = neighbors.KNeighborsClassifier(count, metric="cosine").fit(gallery, labels)
         order = reference.kneighbors(queries, return_distance=False)
         np.testing.assert_array_equal(knn.nearest(gallery, queries, count), order)
-        np.testing.assert_array_equal(
-            knn.classify(gallery, labels, queries, count), reference.predict(queries)
-        )
+        np.testing.assert_array_equal(knn.classify(gallery, labels, queries, count), reference.predict(queries))
 
 
 def test_ties_go_to_the_lower_row_and_the_lower_label():

@@ -52,7 +52,9 @@ class Source:
 class Store:
     """The part of a feature store that evaluation uses."""
 
-    manifest = types.SimpleNamespace(statistics=types.SimpleNamespace(channel_mean=[0.5, 0.0, -0.5, 1.0, 0.25], centred_std=2.0))
+    manifest = types.SimpleNamespace(
+        statistics=types.SimpleNamespace(channel_mean=[0.5, 0.0, -0.5, 1.0, 0.25], centred_std=2.0)
+    )
 
     def __init__(self, patches: np.ndarray, summary: np.ndarray | None = None) -> None:
         self.patches, self.summary = patches, summary
@@ -84,9 +86,7 @@ def tokens(params, views):
 
 def _direct(student, params, images):
     pixels = VIEW.normalize(images)
-    return np.asarray(
-        vit.from_config(student).apply({"params": params}, pixels, intermediates=("layers/-1",))[0]
-    )
+    return np.asarray(vit.from_config(student).apply({"params": params}, pixels, intermediates=("layers/-1",))[0])
 
 
 def test_student_tokens_with_and_without_adapters(params, views, source, tokens):
@@ -161,10 +161,10 @@ def test_feature_errors_by_their_definition(params, source, tokens):
     trained = {"other": adapter.init(jax.random.key(1), jnp.asarray(other[:1]))["params"]}
     stores = {"clip": Store(clip.astype(np.float32)), "other": Store(other)}
     for standardize, seen in (("none", other), ("centred", (other - Store.manifest.statistics.channel_mean) / 2)):
-        config = dataclasses.replace(
-            CONFIG, features=FeaturesConfig(("clip", "other"), standardize=standardize)
+        config = dataclasses.replace(CONFIG, features=FeaturesConfig(("clip", "other"), standardize=standardize))
+        found = predictors.feature_errors(
+            config, trained, lambda chosen: tokens(chosen)[:, 1:], source, stores, everyone
         )
-        found = predictors.feature_errors(config, trained, lambda chosen: tokens(chosen)[:, 1:], source, stores, everyone)
         targets = {
             "clip": clip.reshape(10, 4, 12),
             "other": adapter.apply({"params": trained["other"]}, seen),

@@ -23,9 +23,7 @@ def test_equals_scikit_learn():
     features, labels = _problem()
     fitted = probe.fit(features, labels, 0.02)
     inputs = (features - features.mean(0)) / features.std(0)
-    reference = linear_model.LogisticRegression(C=1 / (200 * 0.02), tol=1e-10, max_iter=5000).fit(
-        inputs, labels
-    )
+    reference = linear_model.LogisticRegression(C=1 / (200 * 0.02), tol=1e-10, max_iter=5000).fit(inputs, labels)
     np.testing.assert_allclose(fitted.weights, reference.coef_.T, atol=1e-4)
     np.testing.assert_array_equal(fitted.predict(features), reference.predict(inputs))
 
@@ -44,9 +42,7 @@ def test_constant_features_do_no_harm():
     with_constant = np.concatenate([features, np.full((200, 1), 7.0)], axis=1)
     fitted = probe.fit(with_constant, labels, 0.05)
     assert np.isfinite(fitted.weights).all()
-    np.testing.assert_array_equal(
-        fitted.predict(with_constant), probe.fit(features, labels, 0.05).predict(features)
-    )
+    np.testing.assert_array_equal(fitted.predict(with_constant), probe.fit(features, labels, 0.05).predict(features))
 
 
 def test_refuses_one_class_and_no_penalty():

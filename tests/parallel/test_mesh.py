@@ -30,7 +30,10 @@ def test_an_axis_is_left_whole_when_it_does_not_divide_or_is_taken():
 
 def test_big_replicated_arrays_are_named():
     mesh = make_mesh(MeshConfig(1, 8, 1))
-    shapes = {"big": jax.ShapeDtypeStruct((1001, 1000), np.float32), "fine": jax.ShapeDtypeStruct((1000, 1000), np.float32)}
+    shapes = {
+        "big": jax.ShapeDtypeStruct((1001, 1000), np.float32),
+        "fine": jax.ShapeDtypeStruct((1000, 1000), np.float32),
+    }
     specs = {"big": ("embed", None), "fine": ("embed", None)}
     shardings = tree_shardings(shapes, specs, mesh)
     tree = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[n]) for n, s in shapes.items()}

@@ -64,17 +64,13 @@ def write_files(workdir: Path) -> None:
     (workdir / "metrics.json").write_text(json.dumps(metrics))
     truth = [CLASSES[index % 4] for index in range(60)]
     names = ("pixels", "init", "student", *EXPERTS)
-    guesses = {
-        name: [str(label) if generator.random() < 0.6 else "Objects" for label in truth] for name in names
-    }
+    guesses = {name: [str(label) if generator.random() < 0.6 else "Objects" for label in truth] for name in names}
     predictions = {
         "classes": CLASSES,
         "ids": [f"id{i}" for i in range(60)],
         "truth": [CLASSES.index(label) for label in truth],
     }
-    predictions["knn"] = {
-        name: [CLASSES.index(label) for label in labels] for name, labels in guesses.items()
-    }
+    predictions["knn"] = {name: [CLASSES.index(label) for label in labels] for name, labels in guesses.items()}
     (workdir / "eval" / "predictions.json").write_text(json.dumps(predictions))
 
 
@@ -104,9 +100,7 @@ def pictures(count: int = 3) -> tuple[PictureMaps, ...]:
             panels.append(Panel(name, "components", colours, f"components of {name}", name))
         origin = "held out" if number else "photograph"
         result.append(
-            PictureMaps(
-                f"p{number}", f"<picture> & number {number}", origin, "CC0 (someone)", image, tuple(panels)
-            )
+            PictureMaps(f"p{number}", f"<picture> & number {number}", origin, "CC0 (someone)", image, tuple(panels))
         )
     return tuple(result)
 

@@ -15,9 +15,7 @@ def _scene():
 
 def test_like_features_get_like_colours():
     where, features = _scene()
-    colours = maps.principal_components(
-        features + 1e-3 * np.random.default_rng(1).normal(size=features.shape)
-    )
+    colours = maps.principal_components(features + 1e-3 * np.random.default_rng(1).normal(size=features.shape))
     assert colours.dtype == np.uint8 and colours.shape == (4, 6, 5, 3)
     means = np.stack([colours[where == kind].mean(axis=0) for kind in range(3)])
     for kind in range(3):

@@ -128,10 +128,7 @@ def test_foreign_text_stays_text(fabricated):
 
 def test_colours_stay_with_their_expert():
     experts = ("clip", "hed")
-    assert (
-        page.colour("hed", experts) == "var(--expert-1)"
-        and page.colour("student", experts) == "var(--student)"
-    )
+    assert page.colour("hed", experts) == "var(--expert-1)" and page.colour("student", experts) == "var(--student)"
     assert page.colour("unknown", experts) == "var(--ink)"
 
 
@@ -151,9 +148,7 @@ def test_small_maps_stay_exact():
     image = np.random.default_rng(0).integers(0, 255, (8, 8, 3)).astype(np.uint8)
     uri = page.data_uri(image)
     assert uri.startswith("data:image/png;base64,")
-    np.testing.assert_array_equal(
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))), image
-    )
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))), image)
     assert page.data_uri(np.zeros((100, 100, 3), np.uint8)).startswith("data:image/jpeg")
 
 

@@ -24,7 +24,12 @@ OVERRIDES = [
 
 
 def overrides(folder, *more):
-    return [*OVERRIDES, f"--config.data.path={folder / 'pictures'}", f"--config.features.path={folder / 'features'}", *more]
+    return [
+        *OVERRIDES,
+        f"--config.data.path={folder / 'pictures'}",
+        f"--config.features.path={folder / 'features'}",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,10 @@ def train_on_one(config, workdir):
 
 
 def losses(workdir):
-    return {row["step"]: {k: v for k, v in row.items() if k.startswith(("loss", "optim"))} for row in read_rows(workdir / "metrics.jsonl")}
+    return {
+        row["step"]: {k: v for k, v in row.items() if k.startswith(("loss", "optim"))}
+        for row in read_rows(workdir / "metrics.jsonl")
+    }
 
 
 def parameters(workdir):

@@ -13,7 +13,13 @@ from tove_jax.train.state import TrainState, flatten, merge, parameter_factors, 
 from tove_jax.train.step import make_step
 
 OPTIM = OptimConfig(lr=0.1, warmup=0.0, groups=((".*/moving", 1.0), (".*/slow", 0.5), (".*", None)))
-PARAMS = {"net": {"moving": np.ones((3, 2), np.float32), "slow": np.ones(2, np.float32), "still": np.full(3, 1 / 3, np.float32)}}
+PARAMS = {
+    "net": {
+        "moving": np.ones((3, 2), np.float32),
+        "slow": np.ones(2, np.float32),
+        "still": np.full(3, 1 / 3, np.float32),
+    }
+}
 
 
 def quadratic(params, batch, key):

@@ -73,9 +73,7 @@ class MapStem(nn.Module):
         if not 1 <= maps.shape[-1] <= 3:
             raise InputError(f"map stem: expected a map of 1 to 3 channels, found {maps.shape[-1]}")
         if self.width % 8 or (self.width // 8) % self.groups:
-            raise InputError(
-                f"config.method.stem_width: expected a multiple of 8 x {self.groups}, found {self.width}"
-            )
+            raise InputError(f"config.method.stem_width: expected a multiple of 8 x {self.groups}, found {self.width}")
         x = resize_grid(unit_range(maps), (STRIDE * self.grid[0], STRIDE * self.grid[1]))
         for index in range(4):
             width = self.width >> (3 - index)

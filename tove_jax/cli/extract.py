@@ -10,7 +10,11 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
-    parser.add_argument("--experts", metavar="A,B", help="Only these of the configured experts; those that training reads when left out.")
+    parser.add_argument(
+        "--experts",
+        metavar="A,B",
+        help="Only these of the configured experts; those that training reads when left out.",
+    )
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
 
 

@@ -10,9 +10,7 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
-    parser.add_argument(
-        "--pictures", type=int, default=6, help="Held-out pictures, and photographs, with maps."
-    )
+    parser.add_argument("--pictures", type=int, default=6, help="Held-out pictures, and photographs, with maps.")
 
 
 def run(args: argparse.Namespace) -> int:

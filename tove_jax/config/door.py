@@ -84,9 +84,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
 
 def _chosen(value: Any, kinds: Sequence[Any], where: str) -> Any:
     """Picks the dataclass of a union by its ``name``, so that a method is chosen in the config."""
-    by_name = {
-        str(field.default): kind for kind in kinds for field in dataclasses.fields(kind) if field.name == "name"
-    }
+    by_name = {str(field.default): kind for kind in kinds for field in dataclasses.fields(kind) if field.name == "name"}
     name = value.get("name") if isinstance(value, (ConfigDict, dict)) else None
     if name not in by_name:
         raise InputError(f"{where}.name: expected one of {', '.join(sorted(by_name))}, found {name!r}")

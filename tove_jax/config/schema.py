@@ -166,6 +166,30 @@ class ToVEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Distilling the tokens of a finished run into one plain CLIP tower; `tove merge` fills in the first four fields after the name."""
+
+    name: Literal["merge"] = option("merge", "Selects this method.")
+    source: str = option("", "Folder of the finished run whose tokens are distilled.")
+    source_step: int = option(0, "A saved step of that run; 0: its last one, and the run must be finished.")
+    source_method: MoveKDConfig | HawaiiConfig | ToVEConfig = section(MoveKDConfig, "The `method` of that run.")
+    source_adapter: AdapterConfig = section(AdapterConfig, "The `student.adapter` of that run.")
+    loss: Literal["mse", "cosine", "cosine_smooth_l1"] = option(
+        "mse", "Distance of the tokens: squared error [paper], cosine, or 0.9 cosine and 0.1 smooth L1 (ours)."
+    )
+    begin: Literal["tower", "start"] = option(
+        "tower", "Train a copy of the run's tower without its adapters, or of the start of that run. Ours."
+    )
+    blocks: int = option(0, "Train the last n blocks up to `student.feature`; 0: all of them, and the embeddings. Ours.")
+    lora_rank: int = option(
+        0, "Train low-rank updates of the blocks' kernels in place of the blocks; they end up in the kernels. 0: off. Ours."
+    )
+    text_weight: float = option(
+        0.0, "Weight of the text loss on the merged tokens, by the run's own caption head, frozen; only ToVE has one."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where pictures come from and how they are split."""
 
@@ -262,7 +286,9 @@ class Config:
 
     title: str = option("", "What this run is, for reports and model cards.")
     student: StudentConfig = section(StudentConfig, "The encoder that learns.")
-    method: MoveKDConfig | HawaiiConfig | ToVEConfig = section(MoveKDConfig, "The method, chosen by its `name`.")
+    method: MoveKDConfig | HawaiiConfig | ToVEConfig | MergeConfig = section(
+        MoveKDConfig, "The method, chosen by its `name`."
+    )
     data: DataConfig = section(DataConfig, "Pictures.")
     features: FeaturesConfig = section(FeaturesConfig, "Experts and their features.")
     optim: OptimConfig = section(OptimConfig, "Optimiser.")

@@ -172,9 +172,7 @@ class View:
         if self.flip:
             image = image[:, ::-1]
         picture = Image.fromarray(np.ascontiguousarray(image))
-        fit = {"crop": self._crop, "letterbox": self._letterbox, "pad": self._pad, "squash": self._scale}[
-            self.fit
-        ]
+        fit = {"crop": self._crop, "letterbox": self._letterbox, "pad": self._pad, "squash": self._scale}[self.fit]
         return np.ascontiguousarray(fit(picture))
 
     def _scale(

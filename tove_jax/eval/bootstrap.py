@@ -39,9 +39,7 @@ def bootstrap_mean(values: np.ndarray, resamples: int, *, seed: int = 0) -> Inte
     if not resamples:
         return Interval(mean, 0.0, mean, mean)
     generator = np.random.default_rng(seed)
-    means = np.array(
-        [values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    )
+    means = np.array([values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(mean, float(means.std()), float(low), float(high))
 
@@ -60,9 +58,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, resamples: int, *, 
     Returns:
       The interval of the difference.
     """
-    return bootstrap_mean(
-        np.asarray(first, np.float64) - np.asarray(second, np.float64), resamples, seed=seed
-    )
+    return bootstrap_mean(np.asarray(first, np.float64) - np.asarray(second, np.float64), resamples, seed=seed)
 
 
 def over_runs(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -42,13 +42,10 @@ def nearest(gallery: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray:
     """
     if gallery.ndim != 2 or queries.ndim != 2 or gallery.shape[1] != queries.shape[1]:
         raise InputError(
-            "nearest neighbours: expected gallery (G, D) and queries (Q, D), "
-            f"found {gallery.shape} and {queries.shape}"
+            f"nearest neighbours: expected gallery (G, D) and queries (Q, D), found {gallery.shape} and {queries.shape}"
         )
     if not 1 <= count <= len(gallery):
-        raise InputError(
-            f"eval.neighbours: expected 1 to {len(gallery)} (the pictures in the gallery), found {count}"
-        )
+        raise InputError(f"eval.neighbours: expected 1 to {len(gallery)} (the pictures in the gallery), found {count}")
     known = jnp.asarray(gallery, jnp.float32)
     found = []
     for start in range(0, len(queries), _BLOCK):

@@ -55,9 +55,7 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float, *, iterations: int 
         raise InputError(f"eval.probe_l2: expected a number above 0, found {l2}")
     classes = int(labels.max()) + 1 if len(labels) else 0
     if len(np.unique(labels)) < 2:
-        raise InputError(
-            f"linear probe: expected labels of at least two classes, found {len(np.unique(labels))}"
-        )
+        raise InputError(f"linear probe: expected labels of at least two classes, found {len(np.unique(labels))}")
     features = np.asarray(features, np.float64)
     count, width = features.shape
     mean, scale = features.mean(axis=0), features.std(axis=0)

@@ -106,9 +106,7 @@ def evaluate_runs(config: Config | None, workdirs: Sequence[Path | str]) -> dict
     first = Path(workdirs[0])
     for workdir, ids in held_out.items():
         if ids != held_out[first]:
-            raise InputError(
-                f"{workdir}: was judged on other pictures than {first}: the spread would mean nothing"
-            )
+            raise InputError(f"{workdir}: was judged on other pictures than {first}: the spread would mean nothing")
     summary = bootstrap.over_runs([_plain(metrics) for metrics in runs])
     result = {f"eval/seeds/{name}": value for name, value in summary.items()}
     write_metrics(first, {**runs[0], **result})

@@ -68,9 +68,7 @@ def run_predictor(name: str, predictor: Predictor, indices: Sequence[int], batch
 def _labelled(labels: Sequence[str | None], indices: Sequence[int], what: str) -> list[int]:
     kept = [int(index) for index in indices if labels[index] is not None]
     if not kept:
-        raise InputError(
-            f"evaluation: expected {what} pictures with a label, found none among {len(indices)}"
-        )
+        raise InputError(f"evaluation: expected {what} pictures with a label, found none among {len(indices)}")
     return kept
 
 
@@ -119,9 +117,7 @@ def score(
     for task in ("knn", "probe"):
         for other in ("init", "pixels"):
             if (task, "student") in right and (task, other) in right:
-                difference = bootstrap.paired_difference(
-                    right[task, "student"], right[task, other], config.resamples
-                )
+                difference = bootstrap.paired_difference(right[task, "student"], right[task, other], config.resamples)
                 record(f"eval/{task}/student_minus_{other}", difference)
     for expert in predictors:
         if expert in REFERENCES:

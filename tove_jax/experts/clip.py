@@ -69,9 +69,7 @@ def _folder(weights: Path | None) -> Path:
     from tove_jax.hf.load import locate
 
     if weights is None:
-        raise InputError(
-            "expert clip: weights: expected the CLIP folder that the student starts from, found none"
-        )
+        raise InputError("expert clip: weights: expected the CLIP folder that the student starts from, found none")
     return locate(weights)
 
 
@@ -90,9 +88,7 @@ def _card(folder: Path, student: StudentConfig, weights: Path) -> ExpertCard:
     )
 
 
-def describe(
-    *, weights: Path | None = None, size: int | None = None, feature: str | None = None
-) -> ExpertCard:
+def describe(*, weights: Path | None = None, size: int | None = None, feature: str | None = None) -> ExpertCard:
     """Returns the card of a CLIP folder, from its configuration files.
 
     Arguments and errors as `load`.

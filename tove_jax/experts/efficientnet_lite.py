@@ -48,14 +48,10 @@ def _layers() -> list[tuple[str, str, str, tuple[int, ...]]]:
     for index, (kernel, _, expansion, width_in, width) in enumerate(blocks()):
         inner, prefix = width_in * expansion, f"_blocks.{index}."
         if expansion != 1:
-            rows.append(
-                (f"block{index}_expand", f"{prefix}_expand_conv", f"{prefix}_bn0", (inner, width_in, 1, 1))
-            )
+            rows.append((f"block{index}_expand", f"{prefix}_expand_conv", f"{prefix}_bn0", (inner, width_in, 1, 1)))
         shape = (inner, 1, kernel, kernel)
         rows.append((f"block{index}_depthwise", f"{prefix}_depthwise_conv", f"{prefix}_bn1", shape))
-        rows.append(
-            (f"block{index}_project", f"{prefix}_project_conv", f"{prefix}_bn2", (width, inner, 1, 1))
-        )
+        rows.append((f"block{index}_project", f"{prefix}_project_conv", f"{prefix}_bn2", (width, inner, 1, 1)))
     return [*rows, ("head", "_conv_head", "_bn1", (HEAD_WIDTH, width, 1, 1))]
 
 

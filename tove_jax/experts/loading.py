@@ -59,9 +59,7 @@ def resized(card: ExpertCard, size: int | None, multiple: int) -> ExpertCard:
     if size is None:
         return card
     if not isinstance(size, int) or size <= 0 or size % multiple:
-        raise InputError(
-            f"expert {card.name}: size: expected a positive multiple of {multiple}, found {size!r}"
-        )
+        raise InputError(f"expert {card.name}: size: expected a positive multiple of {multiple}, found {size!r}")
     grid = (size * card.grid[0] // card.view.size, size * card.grid[1] // card.view.size)
     return dataclasses.replace(card, view=dataclasses.replace(card.view, size=size), grid=grid)
 

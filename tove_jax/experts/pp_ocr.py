@@ -126,11 +126,7 @@ def load(*, weights: Path | None = None, size: int | None = None, threads: int =
     card = describe(size=size)
     if not isinstance(threads, int) or threads < 1:
         raise InputError(f"expert pp_ocr_det: threads: expected a positive number, found {threads!r}")
-    path = (
-        Path(weights)
-        if weights
-        else package_file("rapidocr", "models/PP-OCRv6_det_small.onnx", "rapidocr==3.10.0")
-    )
+    path = Path(weights) if weights else package_file("rapidocr", "models/PP-OCRv6_det_small.onnx", "rapidocr==3.10.0")
     digest = hash_file(path)
     session = _session(path, threads)
 

@@ -72,9 +72,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     if not colon:
         return name, {}
     if not (size.isascii() and size.isdigit()):
-        raise InputError(
-            f"expert '{spec}': expected name or name:size, the size in pixels, found size {size!r}"
-        )
+        raise InputError(f"expert '{spec}': expected name or name:size, the size in pixels, found size {size!r}")
     return name, {"size": int(size)}
 
 
@@ -115,9 +113,7 @@ def _resolve(spec: str, options: dict[str, Any]) -> tuple[Entry, dict[str, Any]]
     entry = _ENTRIES[name]
     options = {**parsed, **options}
     parameters = inspect.signature(entry.loader).parameters
-    known = [
-        key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD and key != "weights"
-    ]
+    known = [key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD and key != "weights"]
     if len(known) + ("weights" in parameters) == len(parameters):
         for option in options:
             if option not in known:

@@ -11,6 +11,9 @@ A method is a module of pure functions and one table:
 - ``training_experts(config)``, names of the experts whose features training reads, and
   ``deployed_experts(config)``, of those that must run beside the encoder when it is deployed;
 - ``vocabulary(config, captions) -> Vocabulary | None``, the words of captions that `objective` reads.
+
+`merge` is the one method that begins from another run: its `initial` makes all parameters, and its
+`fold` makes the student's tree of what was trained.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from tove_jax.errors import InputError, nearest
-from tove_jax.methods import hawaii, move_kd, tove
+from tove_jax.methods import hawaii, merge, move_kd, tove
 
-METHODS: dict[str, ModuleType] = {"move_kd": move_kd, "hawaii": hawaii, "tove": tove}
+METHODS: dict[str, ModuleType] = {"move_kd": move_kd, "hawaii": hawaii, "tove": tove, "merge": merge}
 
 
 def get(name: str) -> ModuleType:

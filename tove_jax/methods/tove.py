@@ -14,7 +14,7 @@ frozen CLIP's patch tokens at ``config.student.feature``, S_k expert k's tokens 
 
 Which experts are attached is static: a detached one is neither read, traced nor run, and the gates
 are those of a softmax without it. With none, T' is T itself. The text loss is that of a small caption
-head. T' is later distilled into one CLIP (`merge_loss`).
+head. T' is later distilled into one CLIP (`tove_jax.methods.merge`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from tove_jax.adapters import caption_head, map_stem, token_gate
 from tove_jax.adapters.caption_head import CaptionHead
@@ -44,8 +43,6 @@ LOGICAL_AXES = token_gate.LOGICAL_AXES + map_stem.LOGICAL_AXES + caption_head.LO
 
 # Parameters of every tower, to tell whether the groups leave CLIP frozen.
 _CLIP_PATHS = ("student/class_embed", "student/patch_embed/kernel", "student/layers/mlp/fc1/kernel")
-
-MergeLoss = Literal["mse", "cosine", "cosine_smooth_l1"]
 
 
 class Enriched(NamedTuple):
@@ -335,37 +332,3 @@ def gate_use(gate: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns each row's mean weight of every expert and its share of the largest weights, (B, K) both."""
     largest = jax.nn.one_hot(gate.argmax(axis=-1), gate.shape[-1], dtype=gate.dtype)
     return gate.mean(axis=1), largest.mean(axis=1)
-
-
-def merge_loss(
-    student: jax.Array, enriched: jax.Array, kind: MergeLoss = "mse", rows: jax.Array | None = None
-) -> jax.Array:
-    """Compares an encoder's tokens with the enriched ones, which get no gradient.
-
-    ``mse``: mean over rows and tokens of |t - T'|^2 / d; ``cosine``: of 1 - cos(t, T');
-    ``cosine_smooth_l1``: 0.9 times that and 0.1 times the smooth L1 distance (AM-RADIO's mixture,
-    arXiv 2312.06709), which also fixes the length.
-
-    Args:
-      student: t (B, N, d).
-      enriched: T' (B, N, d).
-      kind: which; that the paper merges by the squared error is known, the others are ours.
-      rows: bool (B,), which count; None: all.
-
-    Returns:
-      The scalar mean over rows, float32 at the least.
-
-    Raises:
-      InputError: another kind.
-    """
-    student, enriched = precise(student), jax.lax.stop_gradient(precise(enriched))
-    if kind == "mse":
-        errors = jnp.square(student - enriched).mean(axis=-1)
-    elif kind in ("cosine", "cosine_smooth_l1"):
-        errors = optax.cosine_distance(student, enriched, epsilon=1e-8)
-        if kind == "cosine_smooth_l1":
-            errors = 0.9 * errors + 0.1 * optax.huber_loss(student, enriched).mean(axis=-1)
-    else:
-        raise InputError(f"merge loss: expected mse, cosine or cosine_smooth_l1, found '{kind}'")
-    rows = jnp.ones(student.shape[0], bool) if rows is None else rows
-    return masked_mean(errors.mean(axis=-1), rows)

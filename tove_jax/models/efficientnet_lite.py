@@ -43,9 +43,7 @@ def blocks() -> list[tuple[int, int, int, int, int]]:
     rows, width = [], STEM_WIDTH
     for stage in STAGES:
         for repeat in range(stage.repeats):
-            rows.append(
-                (stage.kernel, stage.stride if repeat == 0 else 1, stage.expansion, width, stage.width)
-            )
+            rows.append((stage.kernel, stage.stride if repeat == 0 else 1, stage.expansion, width, stage.width))
             width = stage.width
     return rows
 

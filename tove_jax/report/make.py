@@ -42,9 +42,7 @@ def expert_facts(config: Config, workdir: Path) -> tuple[ExpertFacts, ...]:
             gives, weights_hash = f"{gives}, stored as {manifest.codec}", manifest.weights_hash
         except InputError:
             gives += ", not extracted"
-        facts.append(
-            ExpertFacts(name, card.title, card.paper, card.weights, weights_hash, card.licence, view, gives)
-        )
+        facts.append(ExpertFacts(name, card.title, card.paper, card.weights, weights_hash, card.licence, view, gives))
     return tuple(facts)
 
 

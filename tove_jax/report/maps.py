@@ -23,9 +23,7 @@ from tove_jax.report.collect import Panel, PictureMaps
 
 SIDE = 192
 # A dark-to-bright ramp through purple and orange; brightness rises all along it, so it reads in grey too.
-_RAMP = np.array(
-    [[8, 6, 30], [74, 20, 110], [158, 42, 99], [229, 92, 48], [252, 172, 40], [252, 250, 190]], float
-)
+_RAMP = np.array([[8, 6, 30], [74, 20, 110], [158, 42, 99], [229, 92, 48], [252, 172, 40], [252, 250, 190]], float)
 
 
 def colour_ramp(values: np.ndarray) -> np.ndarray:
@@ -147,9 +145,7 @@ def choose_pictures(source: Any, held_out: Sequence[int], count: int) -> list[Ch
       Held-out pictures first.
     """
     step = max(1, len(held_out) // max(1, count))
-    chosen = [
-        Chosen(source[int(index)], "held out", source.licence) for index in list(held_out)[::step][:count]
-    ]
+    chosen = [Chosen(source[int(index)], "held out", source.licence) for index in list(held_out)[::step][:count]]
     try:
         from tove_jax.data.photographs import PhotographSource
 
@@ -214,9 +210,7 @@ def make_maps(
         patches = np.asarray(features.patches, np.float32)
         if features.cls_attention is not None:
             grid = patches.shape[:3]
-            add_attention(
-                f"expert {title}", name, np.asarray(features.cls_attention, np.float32).reshape(grid)
-            )
+            add_attention(f"expert {title}", name, np.asarray(features.cls_attention, np.float32).reshape(grid))
         add_components(title, name, patches)
         for extra, values in extras.items():
             shown = [Image.fromarray(colour_ramp(one / max(float(one.max()), 1e-6))) for one in values]

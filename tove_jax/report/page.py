@@ -184,9 +184,7 @@ def _charts(run: RunData) -> dict[str, str]:
     keys = dict.fromkeys(key for row in run.history for key in row if key != "step")
     charts = {}
 
-    def add(
-        name: str, found: Mapping[str, str], colours: Mapping[str, str], alt: str, **options: Any
-    ) -> None:
+    def add(name: str, found: Mapping[str, str], colours: Mapping[str, str], alt: str, **options: Any) -> None:
         series = _series(run, found, colours)
         if series:
             charts[name] = plots.line_chart(series, alt, **options)
@@ -228,9 +226,7 @@ def _waiting(run: RunData) -> str:
     waits = [row["perf/data_wait"] for row in run.history if row.get("perf/data_wait") is not None]
     if not waits:
         return "Pictures a second."
-    return (
-        f"Pictures a second. Waiting for data takes {100 * float(np.median(waits)):.1f} % of a step (median)."
-    )
+    return f"Pictures a second. Waiting for data takes {100 * float(np.median(waits)):.1f} % of a step (median)."
 
 
 def _router(run: RunData) -> dict[str, Any] | None:
@@ -265,14 +261,8 @@ def _settings(run: RunData) -> list[dict[str, Any]]:
     """Returns the config as sections of rows, each with its sentence and whether it is a default."""
     sections: dict[str, list[dict[str, Any]]] = {}
 
-    def walk(
-        values: Mapping[str, Any], defaults: Mapping[str, Any], kind: Any, path: tuple[str, ...]
-    ) -> None:
-        fields = (
-            {field.name: field for field in dataclasses.fields(kind)}
-            if dataclasses.is_dataclass(kind)
-            else {}
-        )
+    def walk(values: Mapping[str, Any], defaults: Mapping[str, Any], kind: Any, path: tuple[str, ...]) -> None:
+        fields = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
         for name, value in values.items():
             field = fields.get(name)
             usual = defaults.get(name) if isinstance(defaults, Mapping) else None
@@ -300,9 +290,7 @@ def _gallery(pictures: Sequence[PictureMaps], group: str, experts: Sequence[str]
     for picture in pictures:
         panels = [panel for panel in picture.panels if panel.group == group]
         for panel in panels:
-            columns.setdefault(
-                panel.column, colour(panel.colour, experts) if panel.colour else "var(--muted)"
-            )
+            columns.setdefault(panel.column, colour(panel.colour, experts) if panel.colour else "var(--muted)")
         if panels:
             cells = {panel.column: {"src": data_uri(panel.image), "alt": panel.alt} for panel in panels}
             rows.append({"picture": picture, "src": data_uri(picture.image), "cells": cells})
@@ -360,9 +348,7 @@ def _lead(run: RunData) -> str:
 def _seeds(run: RunData) -> list[dict[str, str]]:
     rows = []
     for name, value in run.metrics.items():
-        if (match := re.fullmatch(r"eval/seeds/(.+)/mean", name)) and not match[1].endswith(
-            ("_std", "_low", "_high")
-        ):
+        if (match := re.fullmatch(r"eval/seeds/(.+)/mean", name)) and not match[1].endswith(("_std", "_low", "_high")):
             spread = run.metrics.get(f"eval/seeds/{match[1]}/std", 0.0)
             rows.append({"name": match[1], "mean": f"{100 * value:.1f}", "std": f"{100 * spread:.1f}"})
     return rows

@@ -182,9 +182,7 @@ def line_chart(
     return _svg(width, height, alt, body, "line")
 
 
-def dot_chart(
-    rows: Sequence[Bar], alt: str, *, reference: tuple[str, float] | None = None, width: int = 520
-) -> str:
+def dot_chart(rows: Sequence[Bar], alt: str, *, reference: tuple[str, float] | None = None, width: int = 520) -> str:
     """Draws accuracies (0 to 1) as dots with their 95 % intervals, one row each.
 
     Args:

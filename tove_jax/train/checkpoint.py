@@ -74,9 +74,7 @@ class Checkpoints:
       name: sub-folder; ``checkpoints`` but for the one kept after a non-finite step.
     """
 
-    def __init__(
-        self, workdir: Path, config: Config, provenance: dict[str, Any], name: str = "checkpoints"
-    ) -> None:
+    def __init__(self, workdir: Path, config: Config, provenance: dict[str, Any], name: str = "checkpoints") -> None:
         self.path = (workdir / name).absolute()
         self._config = config
         self._provenance = provenance

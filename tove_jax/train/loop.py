@@ -43,9 +43,7 @@ from tove_jax.train.state import TrainState
 from tove_jax.train.step import make_step
 
 
-def train(
-    config: Config, workdir: Path, *, progress: bool = True, devices: Sequence[jax.Device] | None = None
-) -> int:
+def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequence[jax.Device] | None = None) -> int:
     """Trains, or goes on from the newest checkpoint of the folder.
 
     Args:
