@@ -280,35 +280,6 @@ def test_property_9_permuting_tokens_permutes_gates(config, params, features, cl
     )
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine", "cosine_smooth_l1"])
-def test_property_10_the_merge_loss_is_zero_at_the_enriched_tokens(clip, kind):
-    other = clip + 0.3 * draw(*clip.shape, seed=4)
-    np.testing.assert_allclose(tove.merge_loss(clip, clip, kind), 0, atol=1e-6)
-    assert float(tove.merge_loss(other, clip, kind)) > 1e-3
-    slopes = jax.grad(lambda s, t: tove.merge_loss(s, t, kind), argnums=(0, 1))(other, clip)
-    assert np.any(slopes[0]) and not np.any(slopes[1])
-    rows = jnp.array([True, False, True, False])
-    np.testing.assert_allclose(
-        tove.merge_loss(other.at[1].set(9.0), clip, kind, rows), tove.merge_loss(other[::2], clip[::2], kind), rtol=1e-5
-    )
-
-
-def test_merge_losses_by_their_definitions(clip):
-    s, t = double((clip + 0.3 * draw(*clip.shape, seed=4), clip))
-    cosine = 1 - (s * t).sum(-1) / np.linalg.norm(s, axis=-1) / np.linalg.norm(t, axis=-1)
-    gap = np.abs(s - t)
-    smooth = np.where(gap < 1, gap**2 / 2, gap - 0.5).mean(-1)
-    expected = {
-        "mse": (gap**2).mean(),
-        "cosine": cosine.mean(),
-        "cosine_smooth_l1": (0.9 * cosine + 0.1 * smooth).mean(),
-    }
-    for kind, value in expected.items():
-        np.testing.assert_allclose(tove.merge_loss(jnp.asarray(s, jnp.float32), clip, kind), value, rtol=1e-5)
-    with pytest.raises(InputError, match="found 'l1'"):
-        tove.merge_loss(clip, clip, "l1")
-
-
 def test_a_detached_expert_is_neither_traced_nor_needed(config, params, module, features, pixels):
     """What is no array would stop the trace; and the traced program has none of the stem's convolutions."""
     some = attach(config, "small", "same")

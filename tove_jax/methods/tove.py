@@ -35,7 +35,7 @@ from tove_jax.config.schema import Config, ToVEConfig
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError, nearest
 from tove_jax.experts.base import ExpertCard, ExpertFeatures
-from tove_jax.methods.move_kd import masked_mean, precise
+from tove_jax.methods.move_kd import masked_mean
 from tove_jax.models.vit import VisionTransformer, encode
 from tove_jax.parallel import first_match
 
@@ -323,9 +323,13 @@ def text_losses(
       captions: int (B, L).
       mask: bool (B, L).
     """
+    return caption_head.word_loss(caption_logits(params, tokens), captions, mask)
+
+
+def caption_logits(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+    """Returns the caption head's logits (B, words) of tokens (B, N, d)."""
     head = params["caption_head"]
-    logits = CaptionHead(head["out"]["bias"].shape[0]).apply({"params": head}, tokens)
-    return caption_head.word_loss(logits, captions, mask)
+    return CaptionHead(head["out"]["bias"].shape[0]).apply({"params": head}, tokens)
 
 
 def gate_use(gate: jax.Array) -> tuple[jax.Array, jax.Array]:

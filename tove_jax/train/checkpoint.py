@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from jax.sharding import SingleDeviceSharding
 
 import tove_jax
 from tove_jax.config import Config, from_json, to_json
+from tove_jax.config.schema import MergeConfig
 from tove_jax.errors import InputError
+from tove_jax.methods.merge import fold
 from tove_jax.train.state import TrainState, merge
 
 FORMAT = "tove_jax-checkpoint-1"
@@ -39,6 +43,7 @@ FREE_FIELDS = (
     "student.initialize",
     "student.attention",
     "student.remat",
+    "method.source",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
@@ -243,31 +248,60 @@ def load_student(workdir: Path, step: int | None = None) -> tuple[Config, dict[s
       step: a saved step; the newest when None.
 
     Returns:
-      The run's config, ``{"student": tree, "method": tree}``, and its provenance with ``step`` added.
+      The run's config, ``{"student": tree, "method": tree}``, and its provenance with ``step`` added. A merge
+      has ``teacher`` in place of ``method``, and its ``student`` is the whole plain tower.
 
     Raises:
       InputError: no checkpoint there, or an unreadable one.
     """
-    path = (Path(workdir) / "checkpoints").absolute()
-    if not path.is_dir():
-        raise InputError(f"{path}: no checkpoints here; run `tove train` first")
     sharding = SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(tree: dict[str, Any]) -> dict[str, Any]:
         return {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding) for n, m in tree.items()}
 
+    with _opened(workdir, step) as (manager, where, step):
+        config, provenance = _read_settings(manager, where, step)
+        wanted = abstract(_saved_shapes(manager, where, step, "trainable"))
+        trainable = _restore(manager, where, step, trainable=ocp.args.StandardRestore(wanted)).trainable
+    frozen: dict[str, Any] = {}
+    folder = where.parents[1] / "frozen"
+    if folder.is_dir():
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(folder).item_metadata.tree
+            frozen = checkpointer.restore(folder, abstract(dict(tree)))
+    params = merge(trainable, frozen)
+    if isinstance(config.method, MergeConfig):
+        params["student"] = fold(params, config)
+    return config, params, provenance
+
+
+def load_settings(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any]]:
+    """Reads a run's settings, and its provenance with ``step`` added; no weights.
+
+    Args:
+      workdir: the run's folder.
+      step: a saved step; the newest when None.
+
+    Raises:
+      InputError: no checkpoint there, or an unreadable one.
+    """
+    with _opened(workdir, step) as (manager, where, step):
+        return _read_settings(manager, where, step)
+
+
+@contextmanager
+def _opened(workdir: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, Path, int]]:
+    """Yields the manager, folder and number of a saved step, the newest when None."""
+    path = (Path(workdir) / "checkpoints").absolute()
+    if not path.is_dir():
+        raise InputError(f"{path}: no checkpoints here; run `tove train` first")
     with _manager(path, read_only=True, save_interval_steps=0, create=False) as manager:
         step = manager.latest_step() if step is None else step
         if step is None:
             raise InputError(f"{path}: no checkpoint has been saved yet")
-        where = path / str(step)
-        meta = _read_meta(manager, where, step)
-        wanted = abstract(_saved_shapes(manager, where, step, "trainable"))
-        trainable = _restore(manager, where, step, trainable=ocp.args.StandardRestore(wanted)).trainable
-    frozen: dict[str, Any] = {}
-    if (path.parent / "frozen").is_dir():
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path.parent / "frozen").item_metadata.tree
-            frozen = checkpointer.restore(path.parent / "frozen", abstract(dict(tree)))
-    config = from_json(meta["config"], f"{where}/meta")
-    return config, merge(trainable, frozen), {**meta["provenance"], "step": step}
+        yield manager, path / str(step), step
+
+
+def _read_settings(manager: ocp.CheckpointManager, where: Path, step: int) -> tuple[Config, dict[str, Any]]:
+    meta = _read_meta(manager, where, step)
+    return from_json(meta["config"], f"{where}/meta"), {**meta["provenance"], "step": step}

@@ -12,14 +12,16 @@ import optax
 from jax.sharding import Mesh
 
 from tove_jax import methods
-from tove_jax.config.schema import Config
+from tove_jax.config.schema import Config, MergeConfig
 from tove_jax.errors import InputError
 from tove_jax.experts.base import ExpertCard
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.load import load_clip
 from tove_jax.hf.start import start_folder
+from tove_jax.methods import merge
 from tove_jax.parallel import logical_specs, tree_shardings
 from tove_jax.parallel.sharding import replicated
+from tove_jax.train.merge import read_source
 from tove_jax.train.objective import DTYPES, logical_axes, make_student
 from tove_jax.train.state import TrainState, flatten, parameter_factors, split, unflatten
 
@@ -41,7 +43,9 @@ def start_parameters(config: Config, workdir: Path) -> Any:
     return params
 
 
-def initial_parameters(config: Config, workdir: Path, cards: Mapping[str, ExpertCard]) -> tuple[dict[str, Any], str]:
+def initial_parameters(
+    config: Config, workdir: Path, cards: Mapping[str, ExpertCard]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns every parameter of a run before its first step, on the host.
 
     Args:
@@ -50,16 +54,22 @@ def initial_parameters(config: Config, workdir: Path, cards: Mapping[str, Expert
       cards: of each expert; grids and widths decide the method's shapes.
 
     Returns:
-      ``{"student": tree, "method": tree}``, and the hash of the start's weights.
+      ``{"student": tree, "method": tree}``, or for a merge ``{"student": tree, "teacher": tree}``; and hashes
+      of the weights behind them: ``start``, and a merge's, see `tove_jax.train.merge.read_source`.
     """
-    student = make_student(config)
     adapter_key, method_key = jax.random.split(jax.random.key(config.train.seed + 1))
+    plain = start_parameters(config, workdir)
+    start = flatten(plain)
+    origins = {"start": hash_arrays(start)}
+    if isinstance(config.method, MergeConfig):
+        source, behind = read_source(config, origins["start"])
+        return jax.device_get(merge.initial(config, source, plain, adapter_key)), {**behind, **origins}
+    student = make_student(config)
     size = config.student.image_size
     fresh = jax.jit(student.init)(adapter_key, jnp.zeros((1, size, size, 3)))["params"]
-    start = flatten(start_parameters(config, workdir))
     merged = unflatten({**flatten(jax.device_get(fresh)), **start})
     extra = methods.get(config.method.name).init_extra(config, cards, student.grid**2, method_key)
-    return {"student": merged, "method": jax.device_get(extra)}, hash_arrays(start)
+    return {"student": merged, "method": jax.device_get(extra)}, origins
 
 
 def state_shardings(config: Config, state: TrainState, mesh: Mesh) -> TrainState:

@@ -75,8 +75,8 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
     manifests = {name: store.manifest for name, store in stores.items()}
     flipped = open_stores(config, workdir, flip=True, only=read) if config.data.flip else None
     source, words, loader = _make_loader(config, stores, flipped)
-    params, start_hash = initial_parameters(config, workdir, expert_cards(config, workdir))
-    provenance = _provenance(config, workdir, manifests, start_hash)
+    params, origins = initial_parameters(config, workdir, expert_cards(config, workdir))
+    provenance = _provenance(config, workdir, manifests, origins)
     if words is not None:
         provenance["vocabulary"] = words.hash
     with jax.set_mesh(mesh):
@@ -131,11 +131,15 @@ def _make_loader(
     return source, words, loader
 
 
-def _provenance(config: Config, workdir: Path, manifests: dict[str, Manifest], start_hash: str) -> dict[str, Any]:
-    """Returns the hash of every frozen weight behind the run, after checking that CLIP is the start."""
-    if "clip" in manifests:
-        manifests["clip"].require(store_path(config, workdir, "clip"), weights_hash=start_hash)
-    return {"start": start_hash, **{f"expert/{name}": manifest.weights_hash for name, manifest in manifests.items()}}
+def _provenance(
+    config: Config, workdir: Path, manifests: dict[str, Manifest], origins: dict[str, str]
+) -> dict[str, Any]:
+    """Returns the hash of every frozen weight behind the run, after checking the stores against those known."""
+    known = {"expert/clip": origins["start"], **origins}
+    for name, manifest in manifests.items():
+        if f"expert/{name}" in known:
+            manifest.require(store_path(config, workdir, name), weights_hash=known[f"expert/{name}"])
+    return {**origins, **{f"expert/{name}": manifest.weights_hash for name, manifest in manifests.items()}}
 
 
 def _announce(config: Config, state: TrainState, mesh: Any, latest: int | None) -> None:

@@ -34,7 +34,7 @@ def make_loss(config: Config, manifests: dict[str, Manifest]) -> Loss:
       manifests: of each expert's store; they say how its payload is decoded on the device.
 
     Returns:
-      A pure function ``({"student", "method"}, batch, key) -> (loss, metrics)``.
+      A pure function ``(params, batch, key) -> (loss, metrics)`` of `initial_parameters`' tree.
     """
     student = make_student(config)
     view = View.of_student(config.student)
@@ -47,7 +47,7 @@ def make_loss(config: Config, manifests: dict[str, Manifest]) -> Loss:
         }
         pixels = view.normalize(batch["pixels"])
         outputs = method.forward(student, params, pixels, features, config, key)
-        return method.objective(params["method"], outputs, features, batch, config)
+        return method.objective(params.get("method", {}), outputs, features, batch, config)
 
     return loss
 
