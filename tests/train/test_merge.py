@@ -1,21 +1,32 @@
 """Merging a finished run into a plain tower: the one loop, what moves, what comes out, what is refused."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from tove_jax.config import to_json
-from tove_jax.config.schema import AdapterConfig
+from tests.train.conftest import ROOT, overrides
+from tove_jax.cli.export import export_run
+from tove_jax.cli.main import main
+from tove_jax.config import from_file, to_json
+from tove_jax.config.schema import AdapterConfig, MoveKDConfig
 from tove_jax.errors import InputError
 from tove_jax.hf import clip
+from tove_jax.hf.export import save_start
+from tove_jax.hf.load import load_clip
+from tove_jax.methods import merge
+from tove_jax.models import vit
 from tove_jax.train.checkpoint import load_student
 from tove_jax.train.loop import train
 from tove_jax.train.merge import merge_settings
+from tove_jax.train.metrics import read_rows
 from tove_jax.train.state import flatten
 
 SMALL = ["--config.method.teacher_prior=()", "--config.train.steps=2", "--config.train.log_every=1"]
+CONFIG = f"{ROOT / 'configs/demo.py'}:smoke"
 
 
 def run(config, workdir):
@@ -25,14 +36,9 @@ def run(config, workdir):
 @pytest.fixture(scope="module")
 def source(prepared, tmp_path_factory):
     """A finished MoVE-KD run whose tower and adapters have moved."""
-    import shutil
-
-    from tests.train.conftest import ROOT, overrides
-    from tove_jax.config import from_file
-
     folder = tmp_path_factory.mktemp("source") / "run"
     shutil.copytree(prepared / "start", folder / "start")
-    config = from_file(str(ROOT / "configs/demo.py:smoke"), overrides(prepared, *SMALL))
+    config = from_file(CONFIG, overrides(prepared, *SMALL))
     assert train(config, folder, progress=False) == 0
     return folder
 
@@ -65,3 +71,115 @@ def test_a_move_kd_run_merges_into_a_plain_tower(source, tmp_path):
 def test_an_unfinished_or_missing_source_is_refused(source, tmp_path):
     with pytest.raises(InputError, match="no checkpoints here"):
         merge_settings(tmp_path / "nothing")
+
+
+@pytest.fixture(scope="module")
+def tove_source(prepared, tmp_path_factory):
+    """A finished ToVE run with two experts and a caption head."""
+    folder = tmp_path_factory.mktemp("tove") / "run"
+    shutil.copytree(prepared / "start", folder / "start")
+    pictures = folder.parent / "pictures"
+    shutil.copytree(prepared / "pictures", pictures)
+    names = [str(path.relative_to(pictures)) for path in pictures.rglob("*.png")]
+    (pictures / "captions.json").write_text(json.dumps({name: f"noise of {name.split('/')[0]}" for name in names}))
+    told = ["--config.method.vocabulary_count=1", f"--config.data.path={pictures}"]
+    config = from_file(f"{ROOT / 'configs/demo.py'}:method=tove,smoke", overrides(prepared, *SMALL[1:], *told))
+    assert run(config, folder) == 0
+    return folder
+
+
+def test_a_tove_run_is_merged_judged_exported_and_reported_by_the_commands(tove_source, tmp_path, capsys):
+    folder = tmp_path / "merged"
+    assert main(["merge", str(tove_source), f"--workdir={folder}", "--quiet", "--config.method.blocks=1"]) == 0
+    stored, params, _ = load_student(folder)
+    assert stored.method.blocks == 1 and stored.method.text_weight == 1 and stored.method.source_method.name == "tove"
+    rows = read_rows(folder / "metrics.jsonl")
+    assert rows[0]["loss/text"] > 0 and np.isfinite(rows[-1]["merge/error"])
+    before, after = leaves(load_student(tove_source)[1]["student"]), leaves(params["student"])
+    for path, leaf in after.items():
+        kept = leaf[:1] if path.startswith("layers/") else leaf
+        np.testing.assert_array_equal(kept, before[path][: len(kept)], err_msg=path)
+    assert not np.array_equal(after["layers/mlp/fc1/kernel"][1], before["layers/mlp/fc1/kernel"][1])
+
+    capsys.readouterr()
+    assert main(["eval", f"--workdir={folder}", "--config.eval.neighbours=3", "--config.eval.resamples=5"]) == 0
+    table = capsys.readouterr().out
+    assert "student minus the run it merges, k-NN" in table and "squared error of the tokens" in table
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ("student", "source", "init", "pixels"):
+        assert 0 <= metrics[f"eval/knn/{name}"] <= 1 and 0 <= metrics[f"eval/probe/{name}"] <= 1
+    lost = metrics["eval/knn/student"] - metrics["eval/knn/source"]
+    assert metrics["eval/knn/student_minus_source"] == pytest.approx(lost)
+    assert 0 < metrics["eval/merge/error/merged"] < metrics["eval/merge/error/tower"]
+    # The start is the source's: none was drawn here.
+    assert not (folder / "start").exists() and not (folder / "features").exists()
+
+    assert main(["export", f"--workdir={folder}"]) == 0
+    settings = json.loads((folder / "export" / "config.json").read_text())
+    assert settings["architectures"] == ["CLIPVisionModel"] and "auto_map" not in settings
+    assert main(["report", f"--workdir={folder}", "--pictures=0"]) == 0
+    assert "the run that was merged" in (folder / "report.html").read_text()
+
+
+def test_the_export_is_a_plain_clip_that_comes_back(source, tmp_path):
+    config = settings(source, lora_rank=2)
+    assert run(config, tmp_path / "run") == 0
+    _, params, _ = load_student(tmp_path / "run")
+    folder = export_run(None, tmp_path / "run")
+    _, again = load_clip(folder, image_size=config.student.image_size)
+    jax.tree.map(np.testing.assert_array_equal, leaves(again), leaves(params["student"]))
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPVisionModel
+
+    model = CLIPVisionModel.from_pretrained(folder)
+    pixels = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        states = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), output_hidden_states=True).hidden_states
+    ours = merge.tokens(vit.from_config(config.student), params, pixels, {}, config)
+    np.testing.assert_allclose(ours, states[-1][:, 1:], atol=1e-4)
+
+
+def test_another_start_features_or_student_than_the_sources_is_refused(source, prepared, tmp_path):
+    config = settings(source)
+
+    def refused(message, **sections):
+        changed = {name: dataclasses.replace(getattr(config, name), **value) for name, value in sections.items()}
+        with pytest.raises(InputError, match=message):
+            run(dataclasses.replace(config, **changed), tmp_path)
+
+    refused(r"config.student.width is 16, but the start .* has 32", student={"width": 16})
+    refused(
+        r"config.student.feature: expected 'layers/-1', as .* was trained, found 'layers/0'",
+        student={"feature": "layers/0"},
+    )
+    refused("config.features.standardize: expected 'none'", features={"standardize": "centred"})
+    refused("config.method.source_method.teacher_weighting: expected False", method={"source_method": MoveKDConfig()})
+    refused("config.method.source_adapter: expected", method={"source_adapter": AdapterConfig(rank=3)})
+    refused("config.method.source: expected the folder", method={"source": ""})
+    other = tmp_path / "other"
+    start = load_clip(source / "start", image_size=32)[1]
+    save_start(config, jax.tree.map(lambda leaf: leaf + 1, start), other)
+    refused("is not the start of", student={"initialize": str(other)})
+
+
+def test_a_merge_is_not_merged_and_an_unfinished_run_only_by_name(source, prepared, tmp_path):
+    longer = from_file(CONFIG, overrides(prepared, *SMALL, "--config.train.steps=4"))
+    shutil.copytree(source, tmp_path / "unfinished")
+    config = dataclasses.replace(longer, train=dataclasses.replace(longer.train, checkpoint_every=1))
+    rewrite_settings(tmp_path / "unfinished", config)
+    with pytest.raises(InputError, match="is at step 2 of 4"):
+        merge_settings(tmp_path / "unfinished")
+    named = merge_settings(tmp_path / "unfinished", 2)
+    assert named.method.source_step == 2
+    assert run(dataclasses.replace(named, train=dataclasses.replace(named.train, steps=1)), tmp_path / "merged") == 0
+    with pytest.raises(InputError, match="merged already"):
+        merge_settings(tmp_path / "merged")
+    with pytest.raises(InputError, match="is at step 2 of 4"):
+        run(dataclasses.replace(named, method=dataclasses.replace(named.method, source_step=0)), tmp_path / "again")
+
+
+def rewrite_settings(folder, config):
+    """Puts other settings into a run's newest checkpoint."""
+    (path,) = folder.glob("checkpoints/2/meta/metadata")
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "config": to_json(config)}))

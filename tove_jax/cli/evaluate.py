@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tove_jax.cli.stored import of_run
+
 HELP = "judge the student's features on held-out pictures"
 TAKES_CONFIG = True
+settings = of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tove_jax.cli.stored import of_run
 from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 
 HELP = "write the trained student as a Hugging Face folder that transformers loads"
 TAKES_CONFIG = True
+settings = of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train",
     "eval": "evaluate",
     "detach": "detach",
+    "merge": "merge",
     "export": "export",
     "verify": "verify",
     "import": "import_",
@@ -55,19 +56,29 @@ def main(argv: list[str] | None = None) -> int:
     module = _module(command)
     parser = argparse.ArgumentParser(prog=f"tove {command}", description=module.HELP, allow_abbrev=False)
     takes_config = getattr(module, "TAKES_CONFIG", False)
+    # Where a command finds settings without a file: those of a run that is there.
+    settings = getattr(module, "settings", None)
     if takes_config:
-        parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]", help="Config file.")
+        otherwise = "" if settings is None else "; the run's own settings when left out"
+        parser.add_argument(
+            "--config", required=settings is None, metavar="FILE.py[:ARGUMENT]", help=f"Config file{otherwise}."
+        )
         parser.add_argument("--workdir", type=Path, help="Run folder; runs/<the config's title> when left out.")
+    if takes_config or settings is not None:
         parser.epilog = "Single settings: --config.SECTION.FIELD=VALUE"
     module.add_arguments(parser)
-    overrides = [word for word in rest if takes_config and word.startswith("--config.")]
+    overrides = [word for word in rest if parser.epilog and word.startswith("--config.")]
     args = parser.parse_args([word for word in rest if word not in overrides])
     try:
-        if takes_config:
+        if takes_config and args.config:
             from tove_jax.config import from_file
 
             args.config = from_file(args.config, overrides)
             args.workdir = args.workdir or Path("runs") / (args.config.title or "run")
+        elif settings is not None:
+            from tove_jax.config import with_overrides
+
+            args.config = with_overrides(settings(args), overrides, f"tove {command}")
         return module.run(args) or 0
     except InputError as error:
         print(f"tove {command}: {error}", file=sys.stderr)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from tove_jax.cli.stored import of_run
+
 HELP = "write a run's report, one HTML page that loads nothing"
 TAKES_CONFIG = True
+settings = of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

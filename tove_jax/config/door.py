@@ -133,9 +133,30 @@ def from_file(path: str, overrides: Sequence[str] = ()) -> Config:
     file = path.partition(":")[0]
     if not Path(file).is_file():
         raise InputError(f"--config: no such file {file}")
+    return _parse(path, [f"--config={path}"], overrides)
+
+
+def with_overrides(config: Config, overrides: Sequence[str], where: str) -> Config:
+    """Applies ``--config.a.b=value`` overrides to settings that come from elsewhere than a file.
+
+    Args:
+      config: the settings.
+      overrides: flags as on the command line.
+      where: what the settings come from, for errors.
+
+    Raises:
+      InputError: as `from_file`.
+    """
+    return _parse(where, [], overrides, thaw(config))
+
+
+def _parse(where: str, first: list[str], overrides: Sequence[str], settings: ConfigDict | None = None) -> Config:
     values = flags.FlagValues()
-    argv = ["tove", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    argv = ["tove", *first, *overrides]
+    if settings is None:
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    else:
+        config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
     schema_names = _field_paths(Config)
     for flag in overrides:
         name = flag.lstrip("-").partition("=")[0].removeprefix("config.")
@@ -146,7 +167,7 @@ def from_file(path: str, overrides: Sequence[str] = ()) -> Config:
     except InputError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{where}: {error}") from None
     return freeze(values.config)
 
 

@@ -36,10 +36,14 @@ class AdapterConfig:
         "mole", "`none` leaves a plain CLIP tower; `mole`: one group and router; `mola`: teachers' and general experts."
     )
     experts: int = option(3, "Number of LoRA experts E of `mole`. [code]")
-    teacher_experts: int = option(0, "Teacher-specific experts N_t of `mola`; 0: one for each expert of the run. [paper]")
+    teacher_experts: int = option(
+        0, "Teacher-specific experts N_t of `mola`; 0: one for each expert of the run. [paper]"
+    )
     general_experts: int = option(3, "General experts N_g of `mola`; 0 leaves them and their router out. [paper]")
     router_width: int = option(256, "Hidden width of `mola`'s two routers. Ours.")
-    dora: bool = option(False, "`mola`: DoRA in place of LoRA, every expert with magnitudes of its own; site `linears`.")
+    dora: bool = option(
+        False, "`mola`: DoRA in place of LoRA, every expert with magnitudes of its own; site `linears`."
+    )
     rank: int = option(32, "Rank of each expert. [code]")
     alpha: float = option(1.0, "LoRA scale is alpha / rank. [code]")
     dropout: float = option(0.05, "Dropout before A while training. [code]")
@@ -81,14 +85,18 @@ class MoveKDConfig:
     clip_expert: str = option("clip", "Name of the expert whose tokens need no encoder adapter. [code]")
     token_weighting: bool = option(True, "Add the attention-weighted term. [code]")
     token_weight_source: Literal["probs_softmax", "probs", "scores"] = option(
-        "probs_softmax", "Softmax over CLS attention probabilities (code), the probabilities, or softmax of the scores (paper)."
+        "probs_softmax",
+        "Softmax over CLS attention probabilities (code), the probabilities, or softmax of the scores (paper).",
     )
     teacher_weighting: bool = option(True, "Weight teachers by their agreement with CLIP's CLS; else uniform. [code]")
     teacher_prior: tuple[float, ...] = option(
-        (), "Weights of the teachers but CLIP when teacher_weighting is off, in the experts' order; empty: uniform. Ours."
+        (),
+        "Weights of the teachers but CLIP when teacher_weighting is off, in the experts' order; empty: uniform. Ours.",
     )
     teacher_score_scale: Literal["one", "inverse_sqrt_width"] = option("one", "Scale of that agreement. [code: one]")
-    saturation_rule: bool = option(True, "A second softmax when one teacher's mean weight exceeds the threshold. [code]")
+    saturation_rule: bool = option(
+        True, "A second softmax when one teacher's mean weight exceeds the threshold. [code]"
+    )
     saturation_threshold: float = option(0.8, "That threshold. [code]")
     saturation_scope: Literal["device", "global"] = option(
         "global", "Mean over each device's rows (code) or over the global batch (the same on one device)."
@@ -100,7 +108,9 @@ class MoveKDConfig:
     )
     kd_weight: float = option(0.5, "Weight of the distillation loss. [code]")
     balance_weight: float = option(0.01, "Weight of the balance loss. [code]")
-    balance_pool: Literal["all", "layer"] = option("all", "Pool the balance loss over all layers, or a layer at a time. [code: all]")
+    balance_pool: Literal["all", "layer"] = option(
+        "all", "Pool the balance loss over all layers, or a layer at a time. [code: all]"
+    )
     kd_on_text_only: bool = option(True, "Distil on rows without a picture too. [code: on]")
 
 
@@ -116,14 +126,17 @@ class HawaiiConfig:
     )
     clip_expert: str = option("clip", "Name of the expert that `clip_target` is about. Ours.")
     clip_target: Literal["mlp", "raw"] = option(
-        "mlp", "CLIP's fine-grained target: through its head, or its tokens as they are, an anchor against collapse. Ours."
+        "mlp",
+        "CLIP's fine-grained target: through its head, or its tokens as they are, an anchor against collapse. Ours.",
     )
     unshuffle: Literal["space_to_depth", "resize"] = option(
         "space_to_depth",
         "Bring a teacher's grid to a multiple k of the student's and move k x k cells into channels, or only resize. Ours.",
     )
     head_width: int = option(0, "Hidden width of the heads; 0: the student's width. Ours.")
-    instruction_width: int = option(0, "Width of the instruction's token embeddings; 0: no text head, teacher rows alone.")
+    instruction_width: int = option(
+        0, "Width of the instruction's token embeddings; 0: no text head, teacher rows alone."
+    )
     instruction_tokens: int = option(512, "Instruction tokens that are read at most. Ours.")
     kd_weight: float = option(0.5, "lambda_1, weight of the sum of both distillation terms. [paper]")
     balance_weight: float = option(0.05, "lambda_2, weight of the balance loss. [paper]")
@@ -180,9 +193,12 @@ class MergeConfig:
     begin: Literal["tower", "start"] = option(
         "tower", "Train a copy of the run's tower without its adapters, or of the start of that run. Ours."
     )
-    blocks: int = option(0, "Train the last n blocks up to `student.feature`; 0: all of them, and the embeddings. Ours.")
+    blocks: int = option(
+        0, "Train the last n blocks up to `student.feature`; 0: all of them, and the embeddings. Ours."
+    )
     lora_rank: int = option(
-        0, "Train low-rank updates of the blocks' kernels in place of the blocks; they end up in the kernels. 0: off. Ours."
+        0,
+        "Train low-rank updates of the blocks' kernels in place of the blocks; they end up in the kernels. 0: off. Ours.",
     )
     text_weight: float = option(
         0.0, "Weight of the text loss on the merged tokens, by the run's own caption head, frozen; only ToVE has one."
@@ -210,7 +226,9 @@ class DataConfig:
 class FeaturesConfig:
     """The experts and their feature store."""
 
-    experts: tuple[str, ...] = option(("clip", "efficientnet_lite0", "hed", "pp_ocr_det"), "Experts, by registered name.")
+    experts: tuple[str, ...] = option(
+        ("clip", "efficientnet_lite0", "hed", "pp_ocr_det"), "Experts, by registered name."
+    )
     path: str = option("", "Folder of the store; empty: `features` in the run's folder.")
     codec: Literal["float32", "bf16", "int8", "fp8"] = option("bf16", "How patch tokens are stored.")
     standardize: Literal["none", "centred"] = option(
@@ -257,7 +275,9 @@ class TrainConfig:
     log_every: int = option(10, "Steps between written metrics.")
     checkpoint_every: int = option(500, "Steps between checkpoints.")
     keep: int = option(2, "Checkpoints kept.")
-    replicated_limit_mb: float = option(64.0, "Start-up fails when an array larger than this is replicated though the mesh could shard it.")
+    replicated_limit_mb: float = option(
+        64.0, "Start-up fails when an array larger than this is replicated though the mesh could shard it."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from tove_jax import methods
-from tove_jax.config.schema import Config
+from tove_jax.config.schema import Config, MergeConfig
 from tove_jax.errors import InputError
-from tove_jax.eval import bootstrap, predictors, runner
+from tove_jax.eval import bootstrap, merge, predictors, runner
 from tove_jax.experts.run import open_stores
 from tove_jax.files.atomic import atomic_write_json
 from tove_jax.train.checkpoint import load_student
@@ -25,17 +25,21 @@ def with_stored_settings(stored: Config, config: Config | None) -> Config:
     Args:
       stored: the settings in the checkpoint; they decide student, method, experts and split.
       config: gives `eval`, and where things lie on this machine: `features.path`, `data.path`,
-        `data.images`, `data.cache`, `student.initialize`. None: everything as stored.
+        `data.images`, `data.cache`, `student.initialize`. None: everything as stored. A merge uses the
+        features and the start of its source, so there an empty path is as stored.
     """
     if config is None:
         return stored
     data = {name: getattr(config.data, name) for name in ("path", "images", "cache", "threads")}
+    features, start = config.features.path, config.student.initialize
+    if isinstance(stored.method, MergeConfig):
+        features, start = features or stored.features.path, start or stored.student.initialize
     return dataclasses.replace(
         stored,
         eval=config.eval,
         data=dataclasses.replace(stored.data, **data),
-        features=dataclasses.replace(stored.features, path=config.features.path),
-        student=dataclasses.replace(stored.student, initialize=config.student.initialize),
+        features=dataclasses.replace(stored.features, path=features),
+        student=dataclasses.replace(stored.student, initialize=start),
     )
 
 
@@ -51,7 +55,8 @@ def evaluate_run(config: Config | None, workdir: Path | str, *, step: int | None
       step: a saved step; the newest when None.
 
     Returns:
-      The metrics of `runner.evaluate`, ``eval/feature_error/{expert}`` and ``eval/step``.
+      The metrics of `runner.evaluate`, ``eval/feature_error/{expert}`` and ``eval/step``; of a merge also
+      ``eval/merge/error/{merged,tower}``, see `merge.token_errors`.
 
     Raises:
       InputError: no checkpoint, no features, or pictures without labels.
@@ -66,10 +71,15 @@ def evaluate_run(config: Config | None, workdir: Path | str, *, step: int | None
     student = predictors.student_predictor(config, params["student"], views, patches)
     start = start_parameters(config, workdir)
     functions = predictors.build_predictors(config, start, student, views, source, stores)
+    lost: dict[str, float] = {}
+    if isinstance(config.method, MergeConfig):
+        target, functions["source"] = merge.source_tokens(config, params["teacher"], views, source, stores)
+        lost = merge.token_errors(config, params["teacher"], views, patches, target, held_out)
     found = runner.score(functions, source.labels, train, held_out, config.eval)
     metrics = dict(found.metrics)
     errors = predictors.feature_errors(config, params.get("method", {}), patches, source, stores, held_out)
     metrics.update({f"eval/feature_error/{name}": value for name, value in errors.items()})
+    metrics.update({f"eval/merge/error/{name}": value for name, value in lost.items()})
     metrics["eval/step"] = int(provenance["step"])
     number = {name: position for position, name in enumerate(found.classes)}
     answers = {

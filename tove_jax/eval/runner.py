@@ -15,7 +15,7 @@ from tove_jax.eval import bootstrap, feature_error, knn, probe
 Predictor = Callable[[list[int]], np.ndarray]
 
 #: Predictors that are not experts.
-REFERENCES = ("pixels", "init", "student")
+REFERENCES = ("pixels", "init", "student", "source")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def score(
             record(f"eval/{task}/{name}", bootstrap.bootstrap_mean(right[task, name], config.resamples))
 
     for task in ("knn", "probe"):
-        for other in ("init", "pixels"):
+        for other in ("init", "pixels", "source"):
             if (task, "student") in right and (task, other) in right:
                 difference = bootstrap.paired_difference(right[task, "student"], right[task, other], config.resamples)
                 record(f"eval/{task}/student_minus_{other}", difference)
@@ -145,7 +145,8 @@ def evaluate(
 
     Args:
       predictors: name to a function from picture numbers (n) to features (n, D). ``pixels``,
-        ``init`` (the student's start) and ``student`` are known by name; every other is an expert.
+        ``init`` (the student's start), ``student`` and ``source`` (the run that a merged student was
+        taught by) are known by name; every other is an expert.
       labels: of all pictures, by number; those without a label are left out.
       train_indices: numbers of the labelled gallery.
       held_out_indices: numbers of the judged pictures.
@@ -153,7 +154,7 @@ def evaluate(
 
     Returns:
       Flat names to numbers: ``eval/{knn,probe}/{name}`` accuracies from 0 to 1;
-      ``eval/{knn,probe}/student_minus_{init,pixels}`` paired differences; beside each of these
+      ``eval/{knn,probe}/student_minus_{init,pixels,source}`` paired differences; beside each of these
       ``_std``, ``_low`` and ``_high``, its bootstrap error and 95 % interval;
       ``eval/linear_error/{init,student}/{expert}`` (see `feature_error.linear_error`);
       ``eval/majority``, the accuracy of always naming the training pictures' commonest label (the
@@ -192,12 +193,18 @@ def table(metrics: Mapping[str, float]) -> str:
     if "eval/majority" in metrics:
         lines.append(f"always the commonest label: {100 * metrics['eval/majority']:.1f} %")
     for task, title in (("knn", "k-NN"), ("probe", "probe")):
-        key = f"eval/{task}/student_minus_init"
-        if key in metrics:
-            lines.append(
-                f"student minus its start, {title}: {100 * metrics[key]:+.1f} points "
-                f"({100 * metrics[f'{key}_low']:+.1f} to {100 * metrics[f'{key}_high']:+.1f})"
-            )
+        for other, words in (("init", "its start"), ("source", "the run it merges")):
+            key = f"eval/{task}/student_minus_{other}"
+            if key in metrics:
+                lines.append(
+                    f"student minus {words}, {title}: {100 * metrics[key]:+.1f} points "
+                    f"({100 * metrics[f'{key}_low']:+.1f} to {100 * metrics[f'{key}_high']:+.1f})"
+                )
+    if "eval/merge/error/merged" in metrics:
+        lines.append(
+            f"squared error of the tokens beside the run it merges: {metrics['eval/merge/error/merged']:.3f}, "
+            f"of the run's tower alone {metrics['eval/merge/error/tower']:.3f} (1: the mean token)"
+        )
     return "\n".join(lines)
 
 

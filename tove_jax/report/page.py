@@ -33,7 +33,9 @@ def colour(name: str, experts: Sequence[str]) -> str:
 
 def display_name(name: str) -> str:
     """Returns what people read for a network's key."""
-    return {"init": "start of the student", "pixels": "raw pixels"}.get(name, name.replace("_", " "))
+    return {"init": "start of the student", "pixels": "raw pixels", "source": "the run that was merged"}.get(
+        name, name.replace("_", " ")
+    )
 
 
 def data_uri(image: np.ndarray) -> str:
@@ -55,7 +57,7 @@ def data_uri(image: np.ndarray) -> str:
 
 def _networks(run: RunData, task: str) -> list[str]:
     metrics = run.metrics
-    known = [name for name in ("pixels", "init", "student", *run.experts) if f"eval/{task}/{name}" in metrics]
+    known = [name for name in ("pixels", "init", "student", "source", *run.experts) if f"eval/{task}/{name}" in metrics]
     pattern = re.compile(rf"eval/{task}/(?!student_minus_)(.+)")
     found = [match[1] for name in metrics if (match := pattern.fullmatch(name))]
     ends = ("_std", "_low", "_high")
@@ -102,22 +104,24 @@ def _tiles(run: RunData) -> list[Tile]:
         return f"{100 * metrics[key]:.1f} %"
 
     tiles = []
-    gain = "eval/knn/student_minus_init"
     note = interval("eval/knn/student") if "eval/knn/student_low" in metrics else ""
     tiles.append(Tile("Student", percent("eval/knn/student"), note, "var(--student)", True))
-    if gain in metrics:
+    for other, label in (("init", "Gain over its start"), ("source", "Beside the run it merges")):
+        gain = f"eval/knn/student_minus_{other}"
+        if gain not in metrics:
+            continue
         note = (
             f"points, {100 * metrics[f'{gain}_low']:+.1f} to {100 * metrics[f'{gain}_high']:+.1f}"
             if f"{gain}_low" in metrics
             else "points"
         )
-        tiles.append(Tile("Gain over its start", f"{100 * metrics[gain]:+.1f}", note, "var(--student)"))
+        tiles.append(Tile(label, f"{100 * metrics[gain]:+.1f}", note, "var(--student)"))
     for name, label in (("init", "Start"), ("pixels", "Raw pixels")):
         key = f"eval/knn/{name}"
         if key in metrics:
             note = interval(key) if f"{key}_low" in metrics else ""
             tiles.append(Tile(label, percent(key), note, f"var(--{name})"))
-    scored = [name for name in _networks(run, "knn") if name not in ("pixels", "init", "student")]
+    scored = [name for name in _networks(run, "knn") if name not in ("pixels", "init", "student", "source")]
     if scored:
         best = max(scored, key=lambda name: metrics[f"eval/knn/{name}"])
         note = display_name(best)
