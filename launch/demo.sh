@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole road: pictures, experts, features, training, evaluation, export, report.
+# The whole road: pictures, experts, features, training, evaluation, export, report. ToVE's encoder needs its
+# experts beside it, so it is detached from them one by one, merged into a plain tower, and that is exported.
 # usage: launch/demo.sh METHOD WORKDIR
 set -euo pipefail
 method=$1 workdir=$2
@@ -11,6 +12,15 @@ run data
 run extract
 run train
 run eval
+if [ "$method" = tove ]; then
+    run detach
+    run report
+    echo "report of the run:   $workdir/report.html"
+    echo "+ tove merge $workdir" >&2
+    tove merge "$workdir"
+    workdir=$workdir/merged
+    run eval
+fi
 run export
 tove verify "$workdir/export"
 run report

@@ -103,16 +103,17 @@ def test_commands_and_options_exist(page):
         assert command in COMMANDS, command
         module = importlib.import_module(f"tove_jax.cli.{COMMANDS[command]}")
         parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-        if getattr(module, "TAKES_CONFIG", False):
-            parser.add_argument("--config", required=True)
+        takes_config, finds_settings = getattr(module, "TAKES_CONFIG", False), hasattr(module, "settings")
+        if takes_config:
+            parser.add_argument("--config", required=not finds_settings)
             parser.add_argument("--workdir")
         module.add_arguments(parser)
         overrides = [word for word in words if word.startswith("--config.")]
-        assert not overrides or getattr(module, "TAKES_CONFIG", False), words
+        assert not overrides or takes_config or finds_settings, words
         for word in overrides:
             assert word.removeprefix("--config.").partition("=")[0] in FIELDS, word
         parsed = parser.parse_args([word for word in words if word not in overrides])
-        if "config" in parsed:
+        if getattr(parsed, "config", None):
             assert (ROOT / parsed.config.partition(":")[0]).is_file(), parsed.config
 
 

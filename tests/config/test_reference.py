@@ -51,6 +51,20 @@ def test_a_choice_of_sections_gives_one_table_each():
     assert "| `side` | section or section | see `root.side` | A choice. |" in page
 
 
+@dataclasses.dataclass(frozen=True)
+class _Twice:
+    """Twice."""
+
+    whole: _Whole = section(_Whole, "Whole.")
+    again: _Whole = section(_Whole, "The same kind.")
+
+
+def test_a_kind_of_section_in_two_places_is_written_once():
+    page = reference.markdown(_Twice, "root")
+    assert page.count("## `root.whole`") == 1 and "## `root.again`" not in page
+    assert "| `again` | section | see `root.again` | The same kind. |" in page
+
+
 def test_types_and_pipes_in_cells():
     page = reference.markdown(_Whole, "root")
     assert "| `pairs` | tuple of (str, any) | `()` | Pairs. |" in page

@@ -196,6 +196,21 @@ def test_blocks_are_counted_up_to_the_feature_and_the_others_stay(feature, block
             assert np.any(change) == (not blocks and not path.startswith("post_norm"))
 
 
+def test_the_last_blocks_learn_the_same_for_less():
+    def step(config):
+        params = begun(config)
+        function = jax.jit(jax.grad(lambda s: loss_of(config, {**params, "student": s})[0]))
+        lowered = function.lower(params["student"])
+        return flatten(lowered.compile()(params["student"])), lowered.cost_analysis()["flops"]
+
+    (whole, dear), (part, cheap) = step(settings(feature="layers/-1")), step(settings(feature="layers/-1", blocks=1))
+    assert set(part) == {path for path in whole if path.startswith("layers/")}
+    for path, slope in part.items():
+        np.testing.assert_allclose(slope, whole[path][2:], rtol=1e-4, atol=1e-6)
+    # Of 2 x 3 blocks forward and 2 x 3 backward, 2 x 2 backward are not computed.
+    np.testing.assert_allclose(cheap / dear, 8 / 12, atol=0.06)
+
+
 def test_low_rank_updates_begin_at_nothing_and_end_up_in_the_kernels():
     config = settings(lora_rank=2, blocks=1)
     params = begun(config)

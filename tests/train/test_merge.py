@@ -114,11 +114,25 @@ def test_a_tove_run_is_merged_judged_exported_and_reported_by_the_commands(tove_
     # The start is the source's: none was drawn here.
     assert not (folder / "start").exists() and not (folder / "features").exists()
 
-    assert main(["export", f"--workdir={folder}"]) == 0
+    file = f"--config={ROOT / 'configs/demo.py'}:method=tove,smoke"
+    assert main(["export", file, f"--workdir={folder}"]) == 0 and not (folder / "start").exists()
     settings = json.loads((folder / "export" / "config.json").read_text())
     assert settings["architectures"] == ["CLIPVisionModel"] and "auto_map" not in settings
     assert main(["report", f"--workdir={folder}", "--pictures=0"]) == 0
     assert "the run that was merged" in (folder / "report.html").read_text()
+
+
+def test_fewer_experts_may_be_attached_than_the_source_has(tove_source, tmp_path):
+    one = dataclasses.replace(merge_settings(tove_source).method.source_method, attach_all=False, attached=("clip",))
+    config = settings(tove_source, source_method=one)
+    assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)), tmp_path) == 0
+    origins = load_student(tmp_path)[2]
+    assert origins["expert/clip"] and not (tmp_path / "features").exists()
+    wider = dataclasses.replace(
+        config, method=dataclasses.replace(config.method, source_method=dataclasses.replace(one, hidden=3))
+    )
+    with pytest.raises(InputError, match="source_method.hidden: expected 192, as .* was trained, found 3"):
+        run(wider, tmp_path / "other")
 
 
 def test_the_export_is_a_plain_clip_that_comes_back(source, tmp_path):

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -35,11 +35,13 @@ def markdown(kind: type = Config, where: str = "config") -> str:
       where: path of its fields on the command line.
 
     Returns:
-      A heading and a table (field, type, default, meaning) for each section, outermost first.
+      A heading and a table (field, type, default, meaning) for each kind of section, outermost first.
     """
-    parts = [HEAD]
+    parts, shown = [HEAD], {}
     for path, section in sections(kind, where):
-        parts.append(f"## `{path}`\n\n{_paragraph(section.__doc__ or '')}\n\n{_table(section, path)}")
+        if section not in shown:  # A section that stands in two places is written once.
+            shown[section] = path
+            parts.append(f"## `{path}`\n\n{_paragraph(section.__doc__ or '')}\n\n{_table(section, path, shown)}")
     return "\n".join(parts)
 
 
@@ -78,12 +80,14 @@ def _dataclasses(hint: Any) -> list[type]:
     return [typing.cast(type, kind) for kind in kinds if dataclasses.is_dataclass(kind)]
 
 
-def _table(kind: type, path: str) -> str:
+def _table(kind: type, path: str, shown: Mapping[type, str]) -> str:
     hints = typing.get_type_hints(kind)
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(kind):
-        nested = bool(_dataclasses(hints[field.name]))
-        default = f"see `{path}.{field.name}`" if nested else f"`{field.default!r}`"
+        nested = _dataclasses(hints[field.name])
+        default = f"`{field.default!r}`"
+        if nested:
+            default = f"see `{shown.get(nested[0], f'{path}.{field.name}')}`"
         cells = (f"`{field.name}`", type_text(hints[field.name]), default, field.metadata["doc"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -245,7 +245,8 @@ def forward(
     teacher = jax.lax.stop_gradient(params["teacher"])
     target = source_tokens(student, teacher, pixels, features, config)
     merged = fold({"student": params["student"], "teacher": teacher}, config)
-    outputs = {"target": target, "tokens": tokens(student, {"student": merged}, pixels, {}, config)}
+    part = student.clone(frozen_below=trained_blocks(config)[0])
+    outputs = {"target": target, "tokens": tokens(part, {"student": merged}, pixels, {}, config)}
     if config.method.text_weight:
         outputs["words"] = tove.caption_logits(teacher["method"], outputs["tokens"])
     return outputs

@@ -195,6 +195,8 @@ class VisionTransformer(nn.Module):
       attention: see `tove_jax.models.attention.choose`.
       remat: ``none``; ``dots`` keeps the products with weights and computes the rest of a layer
         again in the backward pass; ``full`` keeps only each layer's input.
+      frozen_below: the backward pass ends at this layer's input: layers before it and the embedding get no
+        gradient, and none is computed.
     """
 
     image_size: int
@@ -209,6 +211,7 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
     attention: Implementation = "auto"
     remat: Literal["none", "dots", "full"] = "none"
+    frozen_below: int = 0
 
     @property
     def grid(self) -> int:
@@ -270,7 +273,7 @@ class VisionTransformer(nn.Module):
         keys = None
         if not deterministic and self.adapter is not None:
             keys = jax.random.split(self.make_rng("dropout"), depth)
-        for start, stop in _segments(asked, depth, output_wanted):
+        for start, stop in _segments(asked, depth, output_wanted, self.frozen_below):
             params = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], stacked)
             rows = frozenset(asked.rows.get(start, {}))
             unroll = stop - start <= UNROLLED
@@ -283,6 +286,8 @@ class VisionTransformer(nn.Module):
                 reports = jax.tree.map(lambda leaf: leaf[None], reports)
                 for kind, names in asked.rows.get(start, {}).items():
                     found.update(dict.fromkeys(names, row[kind]))
+            if stop == self.frozen_below:
+                x = jax.lax.stop_gradient(x)
             told.append(reports)
             found.update(dict.fromkeys(asked.outputs.get(stop - 1, ()), x))
         for report in asked.reports:
@@ -376,10 +381,10 @@ def _parse(names: Sequence[str], depth: int, has_adapter: bool) -> _Requests:
     return _Requests(outputs, rows, frozenset(reports), "embeddings" in names, "pooled" in names)
 
 
-def _segments(asked: _Requests, depth: int, output_wanted: bool) -> list[tuple[int, int]]:
+def _segments(asked: _Requests, depth: int, output_wanted: bool, edge: int = 0) -> list[tuple[int, int]]:
     """Cuts the layers that must run into runs to scan, and layers to run alone.
 
-    A run ends where an output is wanted. A layer whose attention row is wanted stands alone, and so
+    A run ends where an output is wanted, and at `edge`. A layer whose attention row is wanted stands alone, and so
     does the last one when only its router is: the compiler then drops the rest of that layer.
     """
     alone = set(asked.rows)
@@ -389,7 +394,7 @@ def _segments(asked: _Requests, depth: int, output_wanted: bool) -> list[tuple[i
     elif asked.reports and last < depth - 1:
         last = depth - 1
         alone.add(last)
-    cuts = {0, last + 1}
+    cuts = {0, last + 1, min(edge, last + 1)}
     cuts.update(index + 1 for index in asked.outputs)
     cuts.update(edge for index in alone for edge in (index, index + 1))
     edges = sorted(cut for cut in cuts if cut <= last + 1)
