@@ -23,9 +23,11 @@ OVERRIDES = [
 ]
 
 
-def overrides(folder, *more):
+def overrides(folder, *more, method="move_kd"):
     return [
         *OVERRIDES,
+        # The demo's weights of the teachers are for its own experts.
+        *(["--config.method.teacher_prior=()"] if method == "move_kd" else []),
         f"--config.data.path={folder / 'pictures'}",
         f"--config.features.path={folder / 'features'}",
         *more,

@@ -25,7 +25,7 @@ from tove_jax.train.merge import merge_settings
 from tove_jax.train.metrics import read_rows
 from tove_jax.train.state import flatten
 
-SMALL = ["--config.method.teacher_prior=()", "--config.train.steps=2", "--config.train.log_every=1"]
+SMALL = ["--config.train.steps=2", "--config.train.log_every=1"]
 CONFIG = f"{ROOT / 'configs/demo.py'}:smoke"
 
 
@@ -83,7 +83,7 @@ def tove_source(prepared, tmp_path_factory):
     names = [str(path.relative_to(pictures)) for path in pictures.rglob("*.png")]
     (pictures / "captions.json").write_text(json.dumps({name: f"noise of {name.split('/')[0]}" for name in names}))
     told = ["--config.method.vocabulary_count=1", f"--config.data.path={pictures}"]
-    config = from_file(f"{ROOT / 'configs/demo.py'}:method=tove,smoke", overrides(prepared, *SMALL[1:], *told))
+    config = from_file(f"{ROOT / 'configs/demo.py'}:method=tove,smoke", overrides(prepared, *SMALL, *told, method="tove"))
     assert run(config, folder) == 0
     return folder
 
