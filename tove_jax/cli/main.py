@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "evaluate",
     "detach": "detach",
     "merge": "merge",
+    "compare": "compare",
     "export": "export",
     "verify": "verify",
     "import": "import_",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -231,3 +233,30 @@ def dot_chart(rows: Sequence[Bar], alt: str, *, reference: tuple[str, float] | N
         words = f"{100 * row.value:.1f} %"
         body.append(_text(width - right + 10, y + 4, words, "value strong" if row.strong else "value"))
     return _svg(width, height, alt, body, "dots")
+
+
+def sheet(charts: Sequence[tuple[str, str]]) -> str:
+    """Puts charts below each other into one SVG that stands alone, with the report's colours, light and dark.
+
+    Args:
+      charts: title and ``<svg>`` element of each, as the functions above give them.
+
+    Returns:
+      The text of an SVG file.
+    """
+    style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    colours = style[: style.index("* {")]
+    rules = "\n".join(line for line in style.splitlines() if line.startswith("svg "))
+    body, top, widest = [], 16, 0
+    for title, chart in charts:
+        width, height = (int(side) for side in re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)[0])
+        body.append(_text(24, top + 14, title, "name"))
+        body.append(chart.replace("<svg ", f'<svg x="12" y="{top + 24}" width="{width}" height="{height}" ', 1))
+        top += height + 40
+        widest = max(widest, width + 24)
+    font = "svg { font: 12.5px var(--sans); font-variant-numeric: tabular-nums; }"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {widest} {top}" width="{widest}" height="{top}">'
+        f"<style>{html.escape(colours + font + rules, quote=False)}</style>"
+        f'<rect width="{widest}" height="{top}" style="fill:var(--surface)"/>' + "".join(body) + "</svg>\n"
+    )

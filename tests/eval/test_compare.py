@@ -1,0 +1,235 @@
+"""The comparison runner: order, skipping, sharing, the mathematics of pairs, the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from tove_jax.cli.main import main
+from tove_jax.config.schema import Config, EvalConfig, FeaturesConfig, StudentConfig, TrainConfig
+from tove_jax.config.sweep import Row, Sweep
+from tove_jax.errors import InputError
+from tove_jax.eval import bootstrap, compare
+from tove_jax.experts.extract import claim
+from tove_jax.report.compare import draw
+
+BASE = Config(
+    student=StudentConfig(initialize="clip-folder"),
+    features=FeaturesConfig(("clip", "hed")),
+    train=TrainConfig(steps=10, batch=4),
+    eval=EvalConfig(resamples=50),
+)
+OTHER = dataclasses.replace(BASE, features=FeaturesConfig(("clip", "efficientnet_lite0:64")))
+SWEEP = Sweep((Row("plain", BASE, ""), Row("more", OTHER, "plain"), Row("most", BASE, "more")), (1, 2), "plain")
+# Answers of 8 pictures whose truth is 0: (row, seed) -> those that are right.
+RIGHT = {
+    ("plain", 1): "11000000", ("plain", 2): "11100000", ("more", 1): "11110000",
+    ("more", 2): "11110000", ("most", 1): "11111100", ("most", 2): "01111110",
+}  # fmt: skip
+
+
+class House:
+    """Stands in for extraction, training and evaluation, and remembers what was asked."""
+
+    def __init__(self, status=None):
+        self.calls = []
+        self.status = status or {}
+        self.ids = {}
+
+    def extract(self, config, workdir, *, progress):
+        self.calls.append(("extract", config.features.experts, workdir.name))
+
+    def train(self, config, folder, *, progress):
+        name = f"{folder.parent.name}/{folder.name}"
+        assert config.train.seed == int(folder.name.removeprefix("seed"))
+        self.calls.append(("train", name))
+        return self.status.get(name, 0)
+
+    def evaluate(self, config, folder):
+        row, seed = folder.parent.name, config.train.seed
+        self.calls.append(("evaluate", f"{row}/seed{seed}"))
+        answers = [1 - int(digit) for digit in RIGHT[row, seed]]
+        record = {"classes": ["x", "y"], "ids": self.ids.get(row, list("abcdefgh")), "truth": [0] * 8}
+        record |= {"knn": {"student": answers}, "probe": {"student": answers[::-1]}}
+        (folder / "eval").mkdir(parents=True, exist_ok=True)
+        (folder / "eval" / "predictions.json").write_text(json.dumps(record))
+        metrics = {"eval/knn/student": 1 - np.mean(answers), "eval/knn/init": 0.25, "eval/knn/init_low": 0.1}
+        metrics |= {"eval/probe/init": 0.125, "eval/majority": 0.5, "train/loss/last": 3.0}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+    def go(self, workdir, sweep=SWEEP):
+        self.calls.clear()
+        parts = {"train": self.train, "evaluate": self.evaluate, "extract": self.extract}
+        return compare.run_sweep(sweep, workdir, **parts, progress=False)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("compare")
+    house = House()
+    assert house.go(workdir) == 0
+    return workdir, house.calls.copy()
+
+
+def test_features_come_first_then_each_seed_of_all_rows(done):
+    workdir, calls = done
+    assert calls[0] == ("extract", ("clip", "hed", "efficientnet_lite0:64"), workdir.name)
+    wanted = [f"{row}/seed{seed}" for seed in (1, 2) for row in ("plain", "more", "most")]
+    assert calls[1:] == [(what, name) for name in wanted for what in ("train", "evaluate")]
+    assert not (workdir / "compare.lock").exists()
+
+
+def test_what_is_done_is_left_alone(tmp_path):
+    house = House({"more/seed2": 143})
+    assert house.go(tmp_path) == 143  # stopped by a signal: neither judged nor followed by the next
+    assert house.calls[-1] == ("train", "more/seed2")
+    house.status.clear()
+    house.go(tmp_path)
+    names = [name for what, name, *_ in house.calls if what == "train"]
+    assert names == ["more/seed2", "most/seed2"]
+    house.go(tmp_path)
+    assert house.calls == []
+    # Answers that changed behind the record's back, other settings of evaluation, and of the training.
+    answers = tmp_path / "plain/seed1/eval/predictions.json"
+    answers.write_text(answers.read_text() + " ")
+    house.go(tmp_path)
+    assert house.calls[1:] == [("train", "plain/seed1"), ("evaluate", "plain/seed1")]
+    (tmp_path / "plain/seed1/eval/compared.json").write_text("{")
+    house.go(tmp_path)
+    assert len(house.calls) == 3
+    for change in ({"eval": EvalConfig(neighbours=3)}, {"train": TrainConfig(steps=11, batch=4)}):
+        row = Row("plain", dataclasses.replace(BASE, **change), "")
+        house.go(tmp_path, Sweep((row,), (1,), "plain"))
+        assert house.calls[1:] == [("train", "plain/seed1"), ("evaluate", "plain/seed1")]
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path):
+    with claim(tmp_path / "compare.lock"), pytest.raises(InputError, match="another `tove compare`"):
+        House().go(tmp_path)
+
+
+def test_runs_share_start_and_features_and_differ_in_their_seed(tmp_path):
+    row = Row("plain", dataclasses.replace(BASE, student=StudentConfig()), "")
+    config = compare.run_config(tmp_path, row, 7)
+    assert config.student.initialize == str(tmp_path / "start")
+    assert config.features.path == str(tmp_path / "features") and config.train.seed == 7
+    assert compare.run_config(tmp_path, Row("plain", BASE, ""), 7).student.initialize == "clip-folder"
+    assert compare.settings_hash(config) == compare.settings_hash(compare.run_config(tmp_path / "else", row, 7))
+    assert compare.settings_hash(config) != compare.settings_hash(compare.run_config(tmp_path, row, 8))
+
+
+def test_the_first_row_makes_the_start(tmp_path):
+    student = StudentConfig(image_size=16, patch_size=8, width=16, layers=1, heads=1, mlp_width=16)
+    house = House()
+    row = Row("plain", dataclasses.replace(BASE, student=student), "")
+    house.go(tmp_path, Sweep((row,), (1,), "plain"))
+    assert list((tmp_path / "start").glob("*.safetensors"))
+
+
+def test_the_difference_is_that_of_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    first, second = rng.random((5, 40)) < 0.7, rng.random((5, 40)) < 0.5
+    found = compare.paired_difference(first, second, 100)
+    reference = scipy.stats.ttest_rel(first.mean(axis=1), second.mean(axis=1))
+    interval = reference.confidence_interval(0.95)
+    assert found.mean == pytest.approx(first.mean() - second.mean())
+    assert (found.seed_low, found.seed_high) == pytest.approx((interval.low, interval.high))
+    by_picture = bootstrap.bootstrap_mean(first.mean(axis=0) - second.mean(axis=0), 100)
+    assert (found.low, found.high) == (by_picture.low, by_picture.high)
+
+
+def test_the_difference_by_hand():
+    first, second = [[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 0, 0]]
+    found = compare.paired_difference(first, second, 0)
+    assert (found.mean, found.low, found.high, found.seeds, found.above) == (0.25, 0.25, 0.25, 2, 1)
+    assert found.std == pytest.approx(0.5 / 2**0.5)
+    single = compare.paired_difference(first[:1], second[:1], 10)
+    assert (single.mean, single.std, single.seed_low, single.seed_high) == (0.5, 0.0, None, None)
+    # What both find hard cancels: rows that answer alike differ by nothing, with no doubt about it.
+    same = compare.paired_difference(first, first, 50)
+    assert (same.mean, same.low, same.high, same.above) == (0, 0, 0, 0)
+    with pytest.raises(InputError, match="two arrays"):
+        compare.paired_difference(first, second[:1], 0)
+
+
+def test_what_is_collected(done):
+    workdir, _ = done
+    result = compare.collect(SWEEP, workdir)
+    assert json.loads((workdir / "compare.json").read_text()) == result
+    assert [(one["row"], one["seed"]) for one in result["runs"]] == [
+        (row, seed) for row in ("plain", "more", "most") for seed in (1, 2)
+    ]
+    assert result["runs"][0]["eval/knn/student"] == 0.25 and "eval/knn/init_low" not in result["runs"][0]
+    assert {len(one["config"]) for one in result["runs"]} == {16}
+    assert (result["missing"], result["pictures"]) == ([], 8)
+    assert result["references"] == {"knn/init": 0.25, "probe/init": 0.125, "majority": 0.5}
+    plain, more, most = result["rows"]
+    assert plain["knn/mean"] == pytest.approx(2.5 / 8) and more["knn/mean"] == 0.5
+    assert plain["knn/std"] == pytest.approx(0.125 / 2**0.5) and plain["pictures_seen"] == 40
+    pairs = [(one["row"], one["against"]) for one in result["differences"] if one["task"] == "knn"]
+    assert pairs == [("more", "plain"), ("most", "plain"), ("most", "more")]
+    last = [one for one in result["differences"] if one["task"] == "knn"][-1]
+    assert last["mean"] == pytest.approx(0.25) and (last["above"], last["seeds"]) == (2, 2)
+
+
+def test_the_table_says_it_all(done):
+    workdir, _ = done
+    result = compare.collect(SWEEP, workdir)
+    text, page = compare.table(result), compare.table(result, markdown=True)
+    assert "31.2 ± 8.8" in text and "most" in text and "more: +25.0 ± 0.0 (" in text and "2 of 2" in text
+    assert "Seeds 1, 2; 8 held-out pictures" in text and "commonest label: 50.0 %" in text
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3 + 1 and len({line.count("|") for line in rows}) == 1
+    assert [line.split("|")[1].strip() for line in rows[2:]] == ["plain", "more", "most", "start"]
+
+
+def test_a_part_is_compared_over_the_seeds_that_both_have(tmp_path, done):
+    workdir, _ = done
+    wider = dataclasses.replace(SWEEP, seeds=(1, 2, 3))
+    result = compare.collect(wider, workdir)
+    assert result["missing"] == ["plain/seed3", "more/seed3", "most/seed3"]
+    assert {one["seeds"] for one in result["rows"]} == {2}
+    assert "Not done: plain/seed3" in compare.table(result)
+    alone = compare.collect(SWEEP.only(["more"]), workdir)
+    assert alone["differences"] == [] and "50.0 ± 0.0" in compare.table(alone)
+    with pytest.raises(InputError, match="no run of the comparison is done"):
+        compare.collect(SWEEP, tmp_path)
+
+
+def test_rows_judged_on_other_pictures_are_not_paired(tmp_path):
+    house = House()
+    house.ids["more"] = list("abcdefgi")
+    house.go(tmp_path)
+    with pytest.raises(InputError, match="more/seed1: was judged on other pictures than .*plain/seed1"):
+        compare.collect(SWEEP, tmp_path)
+
+
+def test_the_plot_is_a_file_of_its_own(done):
+    workdir, _ = done
+    root = ElementTree.fromstring(draw(compare.collect(SWEEP, workdir)))
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == space + "svg"
+    charts = root.findall(space + "svg")
+    assert [len(list(chart.iter(space + "circle"))) for chart in charts] == [3, 3]
+    assert "--student:" in root.find(space + "style").text
+    assert all(
+        float(chart.attrib["y"]) + float(chart.attrib["height"]) <= float(root.attrib["height"]) for chart in charts
+    )
+
+
+def test_the_command(monkeypatch, tmp_path, done, capsys):
+    workdir, _ = done
+    monkeypatch.setattr("tove_jax.config.sweep.from_sweep_file", lambda path: SWEEP)
+    assert main(["compare", "sweep.py", f"--workdir={workdir}", "--no-train"]) == 0
+    assert "more: +25.0" in capsys.readouterr().out
+    page = (workdir / "compare.md").read_text()
+    assert page.startswith(f"`tove compare sweep.py --workdir={workdir}`") and "| most" in page
+    assert (workdir / "compare.svg").read_text().startswith("<svg xmlns")
+    monkeypatch.setattr("tove_jax.eval.compare.run_sweep", lambda *_, **__: 143)
+    assert main(["compare", "sweep.py", f"--workdir={tmp_path}"]) == 143
+    assert main(["compare", "sweep.py", f"--workdir={tmp_path}", "--rows", "no"]) == 2

@@ -1,0 +1,40 @@
+"""`tove compare`: several settings over several seeds, one table, paired."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "train several settings over several seeds: one table with spreads and paired differences, and a plot"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's options."""
+    parser.add_argument("sweep", metavar="FILE.py[:ARGUMENT]", help="Sweep file, such as configs/sweeps/methods.py.")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/compare"), help="Folder of all runs.")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="Only these rows.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="In place of the file's seeds.")
+    parser.add_argument("--no-train", action="store_true", help="Only compare the runs that are done.")
+    parser.add_argument("--quiet", action="store_true", help="No progress bar.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and judges what is not done, prints the table and writes table and plot."""
+    from tove_jax.config.sweep import from_sweep_file
+    from tove_jax.eval.compare import collect, run_sweep, table
+    from tove_jax.files.atomic import atomic_write_bytes
+    from tove_jax.report.compare import draw
+
+    sweep = from_sweep_file(args.sweep).only(args.rows, args.seeds)
+    if not args.no_train and (status := run_sweep(sweep, args.workdir, progress=not args.quiet)):
+        return status
+    result = collect(sweep, args.workdir)
+    words = ["tove", "compare", args.sweep, f"--workdir={args.workdir}"]
+    words += ["--rows", *args.rows] if args.rows else []
+    words += ["--seeds", *map(str, args.seeds)] if args.seeds else []
+    text = f"`{' '.join(words)}`\n\n{table(result, markdown=True)}\n"
+    atomic_write_bytes(args.workdir / "compare.md", text.encode())
+    atomic_write_bytes(args.workdir / "compare.svg", draw(result).encode())
+    print(table(result))
+    print(args.workdir / "compare.svg")
+    return 0
