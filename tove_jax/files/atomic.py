@@ -157,6 +157,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             raise InputError(f"{path}: expected a folder or nothing, found a file")
         temporary = _temporary(path, "tmp")
         names = {temporary.name}
+        done = False
         _active.add(temporary.name)
         try:
             temporary.mkdir()
@@ -171,11 +172,13 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                 _active.add(old.name)
                 with contextlib.suppress(FileNotFoundError):  # another writer has just moved it away
                     os.rename(path, old)
+            done = True
             _sync(path.parent)
         finally:
             _remove(temporary)
             for name in names:
-                if path.exists():
+                # Short of success an older folder is kept unless there is a newer one.
+                if done or path.exists():
                     _remove(path.parent / name)
             _active.difference_update(names)
 
