@@ -149,7 +149,7 @@ def test_the_difference_by_hand():
     assert (found.mean, found.low, found.high, found.seeds, found.above) == (0.25, 0.25, 0.25, 2, 1)
     assert found.std == pytest.approx(0.5 / 2**0.5)
     single = compare.paired_difference(first[:1], second[:1], 10)
-    assert (single.mean, single.std, single.seed_low, single.seed_high) == (0.5, 0.0, None, None)
+    assert (single.mean, single.std, single.seed_low, single.seed_high) == (0.5, None, None, None)
     # What both find hard cancels: rows that answer alike differ by nothing, with no doubt about it.
     same = compare.paired_difference(first, first, 50)
     assert (same.mean, same.low, same.high, same.above) == (0, 0, 0, 0)
@@ -185,6 +185,8 @@ def test_the_table_says_it_all(done):
     assert "Seeds 1, 2; 8 held-out pictures" in text and "commonest label: 50.0 %" in text
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 3 + 1 and len({line.count("|") for line in rows}) == 1
+    single = compare.table(compare.collect(dataclasses.replace(SWEEP, seeds=(1,)), workdir))
+    assert "±" not in single.partition("\n\n")[0] and "50.0" in single
     assert [line.split("|")[1].strip() for line in rows[2:]] == ["plain", "more", "most", "start"]
 
 

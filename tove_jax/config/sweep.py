@@ -123,7 +123,8 @@ def check(values: Any, where: str) -> Sweep:
     _fields(values, ("baseline", "seeds", "rows"), (), where)
     if not isinstance(values["rows"], (list, tuple)) or not values["rows"]:
         raise InputError(f"{where}: rows: expected a list of rows, found {values['rows']!r}")
-    baseline, rows = values["baseline"], []
+    baseline = values["baseline"]
+    rows: list[Row] = []
     for number, given in enumerate(values["rows"]):
         _fields(given, ("name", "config"), ("against",), f"{where}: rows[{number}]")
         name, names = given["name"], [row.name for row in rows]

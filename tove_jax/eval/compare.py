@@ -179,7 +179,7 @@ class Difference:
 
     Attributes:
       mean: over seeds and pictures.
-      std: of the seeds' differences, n - 1; 0 for a single seed.
+      std: of the seeds' differences, n - 1; None for a single seed.
       low, high: 95 % over pictures: the seeds' mean on each picture, pictures resampled as pairs.
       seed_low, seed_high: 95 % over seeds: Student's t of the seeds' differences; None for a single seed.
       seeds: how many.
@@ -187,7 +187,7 @@ class Difference:
     """
 
     mean: float
-    std: float
+    std: float | None
     low: float
     high: float
     seed_low: float | None
@@ -215,7 +215,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, resamples: int) -> 
     by_seed = (first - second).mean(axis=1)
     pictures = bootstrap.paired_difference(first.mean(axis=0), second.mean(axis=0), resamples)
     mean, count = float(by_seed.mean()), len(by_seed)
-    std, low, high = 0.0, None, None
+    std, low, high = None, None, None
     if count > 1:
         std = float(by_seed.std(ddof=1))
         reach = float(scipy.stats.t.ppf(0.975, count - 1)) * std / count**0.5
@@ -233,7 +233,7 @@ def collect(sweep: Sweep, workdir: Path | str) -> dict[str, Any]:
     Returns:
       What the JSON holds: ``baseline``, ``seeds``, ``missing`` (folders of runs not done), ``pictures`` (held
       out), ``references`` (accuracy of the start, of raw pixels and of the commonest label), ``runs`` (a record
-      each), ``rows`` (name, seeds, pictures_seen, and for both tasks mean, std over seeds, low and high over
+      each), ``rows`` (name, seeds, pictures_seen, and for both tasks mean, std over seeds (None for one), low and high over
       pictures) and ``differences`` (row, against, task, seeds, and the fields of `Difference`), over the seeds
       that both rows have.
 
@@ -299,7 +299,8 @@ def _summary(row: Row, seeds: Mapping[int, Mapping[str, np.ndarray]], resamples:
     spread = bootstrap.over_runs([{task: float(one[task].mean()) for task in TASKS} for one in seeds.values()])
     for task in TASKS:
         pictures = bootstrap.bootstrap_mean(np.mean([one[task] for one in seeds.values()], axis=0), resamples)
-        result |= {f"{task}/{name}": spread[f"{task}/{name}"] for name in ("mean", "std")}
+        result[f"{task}/mean"] = spread[f"{task}/mean"]
+        result[f"{task}/std"] = spread[f"{task}/std"] if len(seeds) > 1 else None
         result |= {f"{task}/low": pictures.low, f"{task}/high": pictures.high}
     return result
 
@@ -335,7 +336,7 @@ def table(result: Mapping[str, Any], *, markdown: bool = False) -> str:
     for row in result["rows"]:
         words = [row["row"], str(row["seeds"]), f"{row['pictures_seen']:,}"]
         for task in TASKS:
-            words.append(f"{100 * row[f'{task}/mean']:.1f} ± {100 * row[f'{task}/std']:.1f}")
+            words.append(f"{100 * row[f'{task}/mean']:.1f}{_spread(row[f'{task}/std'])}")
             words.append(_cell(found.get((row["row"], baseline, task))))
             steps = [
                 one
@@ -364,11 +365,15 @@ def table(result: Mapping[str, Any], *, markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _spread(std: float | None) -> str:
+    return "" if std is None else f" ± {100 * std:.1f}"
+
+
 def _cell(one: Mapping[str, Any] | None) -> str:
     if one is None:
         return ""
     interval = f"{100 * one['low']:+.1f} to {100 * one['high']:+.1f}"
-    return f"{100 * one['mean']:+.1f} ± {100 * one['std']:.1f} ({interval}), {one['above']} of {one['seeds']}"
+    return f"{100 * one['mean']:+.1f}{_spread(one['std'])} ({interval}), {one['above']} of {one['seeds']}"
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
