@@ -31,7 +31,7 @@ def draw(result: Mapping[str, Any]) -> str:
         alt = f"Held-out accuracy by {words}: {said}."
         chart = plots.dot_chart(rows, alt, reference=None if start is None else ("start", start))
         counts = {row["seeds"] for row in result["rows"]}
-        seeds = f"mean of {max(counts)} seeds" if len(counts) == 1 else "mean over seeds"
+        seeds = "one seed" if counts == {1} else "mean over seeds"
         dashed = "" if start is None else "; dashed: the start"
         charts.append((f"Accuracy by {words}: {seeds}, 95 % over pictures{dashed}", chart))
     return plots.sheet(charts)
