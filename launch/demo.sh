@@ -16,8 +16,10 @@ if [ "$method" = tove ]; then
     run detach
     run report
     echo "report of the run:   $workdir/report.html"
-    echo "+ tove merge $workdir" >&2
-    tove merge "$workdir"
+    # The demo's CLIP is random and has nothing to keep, so it merges with the whole learning rate.
+    merge=(tove merge "$workdir" "--config.optim.groups=(('student/.*', 1.0), ('teacher/.*', None))" --config.train.batch=64)
+    echo "+ ${merge[*]}" >&2
+    "${merge[@]}"
     workdir=$workdir/merged
     run eval
 fi

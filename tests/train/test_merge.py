@@ -83,7 +83,9 @@ def tove_source(prepared, tmp_path_factory):
     names = [str(path.relative_to(pictures)) for path in pictures.rglob("*.png")]
     (pictures / "captions.json").write_text(json.dumps({name: f"noise of {name.split('/')[0]}" for name in names}))
     told = ["--config.method.vocabulary_count=1", f"--config.data.path={pictures}"]
-    config = from_file(f"{ROOT / 'configs/demo.py'}:method=tove,smoke", overrides(prepared, *SMALL, *told, method="tove"))
+    config = from_file(
+        f"{ROOT / 'configs/demo.py'}:method=tove,smoke", overrides(prepared, *SMALL, *told, method="tove")
+    )
     assert run(config, folder) == 0
     return folder
 
@@ -118,8 +120,21 @@ def test_a_tove_run_is_merged_judged_exported_and_reported_by_the_commands(tove_
     assert main(["export", file, f"--workdir={folder}"]) == 0 and not (folder / "start").exists()
     settings = json.loads((folder / "export" / "config.json").read_text())
     assert settings["architectures"] == ["CLIPVisionModel"] and "auto_map" not in settings
+    assert "distilled by tove, then merged into one tower, from" in (folder / "export" / "README.md").read_text()
     assert main(["report", f"--workdir={folder}", "--pictures=0"]) == 0
     assert "the run that was merged" in (folder / "report.html").read_text()
+
+
+def test_commands_without_a_config_file_want_a_trained_run(source, tmp_path, capsys):
+    assert main(["eval"]) == 2 and "expected --config, or --workdir with a trained run" in capsys.readouterr().err
+    assert main(["export", f"--workdir={tmp_path}"]) == 2 and "no checkpoints here" in capsys.readouterr().err
+    assert main(["merge", str(source), "--config.method.losss=mse"]) == 2
+    assert "config.method.losss: no such field (did you mean 'method.loss'?)" in capsys.readouterr().err
+    assert main(["merge", str(source), "--config.method.loss=l1"]) == 2
+    assert "config.method.loss: expected one of 'mse', 'cosine'" in capsys.readouterr().err
+    # A field of another method.
+    assert main(["merge", str(source), "--config.method.hidden=3"]) == 2
+    assert "tove merge" in capsys.readouterr().err and not (source / "merged").exists()
 
 
 def test_fewer_experts_may_be_attached_than_the_source_has(tove_source, tmp_path):

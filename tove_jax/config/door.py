@@ -153,16 +153,16 @@ def with_overrides(config: Config, overrides: Sequence[str], where: str) -> Conf
 def _parse(where: str, first: list[str], overrides: Sequence[str], settings: ConfigDict | None = None) -> Config:
     values = flags.FlagValues()
     argv = ["tove", *first, *overrides]
-    if settings is None:
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    else:
-        config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
     schema_names = _field_paths(Config)
     for flag in overrides:
         name = flag.lstrip("-").partition("=")[0].removeprefix("config.")
         if name not in schema_names:
             raise InputError(f"config.{name}: no such field{nearest(name, schema_names)}")
     try:
+        if settings is None:
+            config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        else:
+            config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
         values(argv)
     except InputError:
         raise

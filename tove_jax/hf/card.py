@@ -41,7 +41,7 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
     parts = [
         "---\n" + "\n".join(front) + "\n---",
         f"# {title}",
-        f"A CLIP vision tower distilled by {method.name} from {names}, with tove_jax.",
+        f"A CLIP vision tower distilled by {_method(method)} from {names}, with tove_jax.",
         _usage(config, has_experts),
         "## Model",
         _table(
@@ -69,6 +69,10 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
         "`tove verify FOLDER` loads this folder in JAX and, where torch is installed, in transformers, and compares.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _method(method: Any) -> str:
+    return f"{method.source_method.name}, then merged into one tower," if method.name == "merge" else method.name
 
 
 def _is_hub_id(name: str) -> bool:
@@ -149,7 +153,7 @@ def _training(config: Config, provenance: Mapping[str, Any]) -> list[tuple[Any, 
     return [
         ("pictures", pictures + (f" ({', '.join(counts)})" if counts else "")),
         ("licence of the pictures", data.get("licence") or "not recorded"),
-        ("method", config.method.name),
+        ("method", _method(config.method)),
         ("steps", provenance.get("step", config.train.steps)),
         ("trained parameters", ", ".join(f"`{pattern}`" for pattern in trained)),
     ]
