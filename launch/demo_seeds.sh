@@ -15,4 +15,5 @@ for seed in "$@"; do
     tove eval "${config[@]}"
     runs+=("$run")
 done
-tove eval "--config=configs/demo.py:method=$method" "--workdir=$workdir" --seeds "${runs[@]:1}"
+tove eval "--config=configs/demo.py:method=$method" "--workdir=$workdir" \
+    "--config.features.path=$workdir/features" --seeds "${runs[@]:1}"
