@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -18,15 +19,20 @@ from tove_jax.files import atomic
 from tove_jax.files.atomic import atomic_folder, atomic_write_bytes, atomic_write_json
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """No file of this process may exceed 4096 bytes: a write fails midway, as on a full disk."""
+    """No file of this process may exceed 4096 bytes: a write fails midway, as on a full disk.
+
+    Around single calls only: the limit holds for the test runner's own log as well.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_write_and_replace(tmp_path):
@@ -42,9 +48,9 @@ def test_write_and_replace(tmp_path):
     assert os.listdir(tmp_path / "deep") == ["a"]
 
 
-def test_disk_full_midway_leaves_the_old_file(tmp_path, small_disk):
+def test_disk_full_midway_leaves_the_old_file(tmp_path):
     atomic_write_bytes(tmp_path / "a", b"old")
-    with pytest.raises(InputError, match=r"/a: cannot be written: File too large"):
+    with pytest.raises(InputError, match=r"/a: cannot be written: File too large"), small_disk():
         atomic_write_bytes(tmp_path / "a", bytes(10_000))
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
@@ -94,9 +100,10 @@ def test_folder_success_failure_and_replacement(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_folder_disk_full_in_the_body(tmp_path, small_disk):
+def test_folder_disk_full_in_the_body(tmp_path):
     with pytest.raises(InputError, match="out: cannot be written"), atomic_folder(tmp_path / "out") as folder:
-        (folder / "a").write_bytes(bytes(10_000))
+        with small_disk():
+            (folder / "a").write_bytes(bytes(10_000))
     assert os.listdir(tmp_path) == []
 
 
