@@ -153,7 +153,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(path)
-        if path.exists() and not path.is_dir():
+        if path.is_file():  # one look: another writer may be between its two renames
             raise InputError(f"{path}: expected a folder or nothing, found a file")
         temporary = _temporary(path, "tmp")
         names = {temporary.name}
