@@ -89,3 +89,51 @@ def test_faulty_tables_and_trees():
         to_arrays(unflatten({"layers/fc/kernle": np.zeros((1, 2, 3))}), TABLE)
     with pytest.raises(InputError, match="layers/fc/kernel has shape"):
         to_arrays(unflatten({"layers/fc/kernel": np.zeros((2, 3))}), TABLE)
+
+
+FUSED = (
+    *(Rule("blocks.{layer}.qkv.weight", f"layers/{p}/kernel", (0, 2, 1), part=(i, 3)) for i, p in enumerate("qkv")),
+    *(Rule("blocks.{layer}.qkv.bias", f"layers/{p}/bias", part=(i, 3)) for i, p in enumerate("qkv")),
+    Rule("blocks.{layer}.rel_pos", "windowed/rel_pos", layers=(0, 1, 3)),
+    Rule("blocks.{layer}.rel_pos", "global/rel_pos", layers=(2,)),
+    Rule("pos_embed", "position_embed", lead=1),
+    Rule("probe_and_query", "probe", part=(0, 2), lead=2),
+    Rule("probe_and_query", "extra", part=(1, 2), lead=2),
+)
+FUSED_SHAPES = {f"layers/{p}/kernel": (4, 5, 2) for p in "qkv"} | {f"layers/{p}/bias": (4, 2) for p in "qkv"}
+FUSED_SHAPES |= {"windowed/rel_pos": (3, 3), "global/rel_pos": (1, 7), "position_embed": (9, 5)}
+FUSED_SHAPES |= {"probe": (5,), "extra": (5,)}
+
+
+def test_fused_arrays_layer_subsets_and_leading_axes(assert_same):
+    rng = np.random.default_rng(1)
+    sizes = {"qkv.weight": (6, 5), "qkv.bias": (6,)}
+    arrays = {f"blocks.{i}.{name}": rng.normal(size=size) for i in range(4) for name, size in sizes.items()}
+    arrays |= {f"blocks.{i}.rel_pos": rng.normal(size=7 if i == 2 else 3) for i in range(4)}
+    arrays |= {"pos_embed": rng.normal(size=(1, 9, 5)), "probe_and_query": rng.normal(size=(1, 1, 10))}
+    tree = to_tree(arrays, FUSED, FUSED_SHAPES)
+    assert {path: leaf.shape for path, leaf in flatten(tree).items()} == FUSED_SHAPES
+    np.testing.assert_array_equal(tree["layers"]["k"]["kernel"][3], arrays["blocks.3.qkv.weight"][2:4].T)
+    np.testing.assert_array_equal(tree["layers"]["v"]["bias"][1], arrays["blocks.1.qkv.bias"][4:])
+    np.testing.assert_array_equal(tree["windowed"]["rel_pos"][2], arrays["blocks.3.rel_pos"])
+    np.testing.assert_array_equal(tree["extra"], arrays["probe_and_query"][0, 0, 5:])
+    assert_same(to_arrays(tree, FUSED), arrays)
+    with pytest.raises(InputError, match=r"blocks.2.qkv.bias found \(5,\), expected \(6,\)"):
+        to_tree({**arrays, "blocks.2.qkv.bias": np.zeros(5)}, FUSED, FUSED_SHAPES)
+    with pytest.raises(InputError, match=r"pos_embed found \(9, 5\), expected \(1, 9, 5\)"):
+        to_tree({**arrays, "pos_embed": np.zeros((9, 5))}, FUSED, FUSED_SHAPES)
+
+
+def test_a_table_that_loses_a_part_is_refused():
+    rng = np.random.default_rng(1)
+    shapes = {path: shape for path, shape in FUSED_SHAPES.items() if path != "layers/k/bias"}
+    with pytest.raises(ValueError, match=r"qkv.bias: its rules give the parts \[\(0, 3\), \(2, 3\)\]"):
+        to_tree({}, FUSED, shapes)
+    leaves = unflatten({path: rng.normal(size=shape) for path, shape in shapes.items()})
+    with pytest.raises(ValueError, match=r"qkv.bias: its rules give the parts \[\(0, 3\), \(2, 3\)\]"):
+        to_arrays(leaves, FUSED)
+    with pytest.raises(ValueError, match="the rule names 3 layers, windowed/rel_pos holds 2"):
+        to_tree({}, FUSED, {**FUSED_SHAPES, "windowed/rel_pos": (2, 3)})
+    double = (*FUSED, Rule("blocks.{layer}.rel_pos", "other", layers=(2,)))
+    with pytest.raises(ValueError, match="blocks.2.rel_pos: its rules give the parts"):
+        to_tree({}, double, {**FUSED_SHAPES, "other": (1, 7)})

@@ -2,8 +2,9 @@
 
 A rule pairs a published name with a path in our tree. Indices in the name are placeholders (``{layer}``,
 ``{expert}``): the arrays they count are stacked on leading axes, in the order of the placeholders, and
-the result is brought to our layout by a permutation of axes. A permutation loses nothing, so each rule
-works in both directions and a round trip is exact to the bit.
+the result is brought to our layout by a permutation of axes. Some arrays are published fused (query, key
+and value in one): then several rules bear one name, each for its part. Nothing of this loses anything, so
+each rule works in both directions and a round trip is exact to the bit.
 """
 
 from __future__ import annotations
@@ -31,11 +32,19 @@ class Rule:
       name: published name; ``{word}`` stands for an index.
       path: our path, joined by ``/``.
       axes: permutation from (placeholders..., published axes...) to our axes; None keeps them.
+      part: (i, n) where the leaf is the i-th of n equal parts, along its first axis (after the axes that
+        `lead` counts), of the published array; the other parts have rules of their own under the same name.
+      layers: the published indices that the first placeholder runs through, in the order of the stacked axis;
+        None: 0, 1, 2, ... Several rules may share a name when their indices differ.
+      lead: leading axes of length 1 that the published array has and the leaf lacks; `axes` does not count them.
     """
 
     name: str
     path: str
     axes: tuple[int, ...] | None = None
+    part: tuple[int, int] | None = None
+    layers: tuple[int, ...] | None = None
+    lead: int = 0
 
     @functools.cached_property
     def placeholders(self) -> tuple[str, ...]:
@@ -60,10 +69,30 @@ class Rule:
     def names(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Returns every published name behind a leaf of our `shape`, with its indices."""
         counts = self.stacked_shape(shape)[: len(self.placeholders)]
-        return {
-            self.name.format(**dict(zip(self.placeholders, index, strict=True))): index
-            for index in itertools.product(*map(range, counts))
-        }
+        if self.layers is not None and len(self.layers) != counts[0]:
+            raise ValueError(f"{self.name}: the rule names {len(self.layers)} layers, {self.path} holds {counts[0]}")
+        found = {}
+        index: tuple[int, ...]
+        for index in itertools.product(*map(range, counts)):
+            published = index if self.layers is None else (self.layers[index[0]], *index[1:])
+            found[self.name.format(**dict(zip(self.placeholders, published, strict=True)))] = index
+        return found
+
+    def published_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of each published array behind a leaf of our `shape`."""
+        single = self.stacked_shape(shape)[len(self.placeholders) :]
+        if self.part is not None:
+            single = (single[0] * self.part[1], *single[1:])
+        return (1,) * self.lead + single
+
+    def take(self, array: np.ndarray) -> np.ndarray:
+        """Returns what of one published array belongs to the leaf."""
+        array = array.reshape(array.shape[self.lead :])
+        if self.part is None:
+            return array
+        index, count = self.part
+        size = array.shape[0] // count
+        return array[index * size : (index + 1) * size]
 
     def to_leaf(self, stacked: np.ndarray) -> np.ndarray:
         """Permutes a stacked array to our layout, contiguous."""
@@ -120,14 +149,20 @@ def to_tree(
 
     Raises:
       InputError: a published name is missing, not known, or of another shape; all of them are listed.
-      ValueError: the table does not cover the wanted tree (a fault of the table).
+      ValueError: the table does not cover the wanted tree, or a published array in part only (faults of the
+        table).
     """
     by_path = _by_path(rules, shapes)
     expected: dict[str, tuple[int, ...]] = {}
+    held: dict[str, list[tuple[int, int] | None]] = {}
     for path, shape in shapes.items():
         rule = by_path[path]
-        single = rule.stacked_shape(shape)[len(rule.placeholders) :]
-        expected.update(dict.fromkeys(rule.names(shape), single))
+        single = rule.published_shape(shape)
+        for name in rule.names(shape):
+            if expected.setdefault(name, single) != single:
+                raise ValueError(f"{name}: its rules disagree on the shape, {expected[name]} and {single}")
+            held.setdefault(name, []).append(rule.part)
+    _check_parts(held)
     skip = [re.compile(pattern) for pattern in ignore]
     known = {name for name in arrays if name in expected}
     extra = [n for n in arrays if n not in known and not any(pattern.fullmatch(n) for pattern in skip)]
@@ -137,7 +172,7 @@ def to_tree(
     leaves = {}
     for path, shape in shapes.items():
         rule = by_path[path]
-        parts = [np.asarray(arrays[name]) for name in rule.names(shape)]
+        parts = [rule.take(np.asarray(arrays[name])) for name in rule.names(shape)]
         stacked = np.stack(parts).reshape(rule.stacked_shape(shape)) if rule.placeholders else parts[0]
         leaves[path] = rule.to_leaf(stacked)
     return unflatten(leaves)
@@ -155,7 +190,7 @@ def to_arrays(tree: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, np.nd
 
     Raises:
       InputError: a leaf that no rule covers.
-      ValueError: two rules for one path (a fault of the table).
+      ValueError: two rules for one path or one published part, or a part without a leaf (faults of the table).
     """
     leaves = flatten(tree)
     known = {rule.path for rule in rules}
@@ -164,15 +199,25 @@ def to_arrays(tree: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, np.nd
         listed = ", ".join(f"{path}{nearest(path, known)}" for path in strangers[:_LISTED])
         raise InputError(f"parameters: no published name for {len(strangers)} of them: {listed}")
     by_path = _by_path(rules, leaves)
-    arrays = {}
+    leads: dict[str, int] = {}
+    pieces: dict[str, dict[tuple[int, int] | None, np.ndarray]] = {}
     for path, leaf in leaves.items():
         rule, leaf = by_path[path], np.asarray(leaf)
         if leaf.ndim < len(rule.placeholders) or (rule.axes is not None and leaf.ndim != len(rule.axes)):
             raise InputError(f"parameters: {path} has shape {leaf.shape}, which {rule.name} cannot hold")
         stacked = rule.to_stacked(leaf)
         for name, index in rule.names(leaf.shape).items():
-            arrays[name] = np.array(stacked[index], order="C")
-    return arrays
+            if rule.part in pieces.setdefault(name, {}):
+                raise ValueError(f"two rules give {name}")
+            pieces[name][rule.part] = stacked[index].reshape((1,) * rule.lead + stacked[index].shape)
+            leads[name] = rule.lead
+    _check_parts(pieces)
+    return {
+        name: np.array(parts[None], order="C")
+        if None in parts
+        else np.concatenate([parts[part] for part in sorted(parts, key=_first)], axis=leads[name])
+        for name, parts in pieces.items()
+    }
 
 
 def _by_path(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
@@ -185,6 +230,18 @@ def _by_path(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule]:
     if uncovered:
         raise ValueError(f"no rule for {uncovered}")
     return by_path
+
+
+def _first(part: tuple[int, int] | None) -> int:
+    return part[0] if part else 0
+
+
+def _check_parts(held: Mapping[str, Iterable[tuple[int, int] | None]]) -> None:
+    for name, parts in held.items():
+        parts = list(parts)
+        wanted = [(i, parts[0][1]) for i in range(parts[0][1])] if parts[0] is not None else [None]
+        if sorted(parts, key=_first) != wanted:
+            raise ValueError(f"{name}: its rules give the parts {parts}, expected {wanted}")
 
 
 def _complain(
