@@ -5,11 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from tove_jax.errors import InputError, nearest
 from tove_jax.experts import clip, efficientnet_lite, hed, pp_ocr
 from tove_jax.experts.base import Expert, ExpertCard
+from tove_jax.experts.published import Published
+
+# Modules with `ROWS`, one line each.
+FAMILIES: tuple[ModuleType, ...] = ()
 
 
 class Entry(NamedTuple):
@@ -26,10 +31,22 @@ class Entry(NamedTuple):
     describe: Callable[..., ExpertCard]
 
 
-_ENTRIES: dict[str, Entry] = {
-    module.CARD.name: Entry(module.CARD, module.load, module.describe)
-    for module in (clip, efficientnet_lite, hed, pp_ocr)
-}
+def entry(row: Published) -> Entry:
+    """Returns the entry of one published expert."""
+    return Entry(row.card, row.load, row.describe)
+
+
+def _collect() -> dict[str, Entry]:
+    entries = [Entry(module.CARD, module.load, module.describe) for module in (clip, efficientnet_lite, hed, pp_ocr)]
+    entries += [entry(row) for family in FAMILIES for row in family.ROWS]
+    found = {known.card.name: known for known in entries}
+    if len(found) != len(entries):
+        names = [known.card.name for known in entries]
+        raise ValueError(f"two experts are called {sorted({name for name in names if names.count(name) > 1})}")
+    return found
+
+
+_ENTRIES: dict[str, Entry] = _collect()
 
 
 def register(

@@ -37,12 +37,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _HUB_FILES = ("config.json", "preprocessor_config.json")
 
 
-def locate(folder_or_hub_id: str | Path) -> Path:
+def locate(folder_or_hub_id: str | Path, file: str | None = None) -> Path:
     """Returns the folder; fetches it first when no such folder exists and the name is a hub id.
 
     Only here the network may be used, and only through `huggingface_hub`, whose cache and
     ``HF_HUB_OFFLINE`` apply. Safetensors are preferred; a pickled ``.bin`` is fetched where there is
     nothing else.
+
+    Args:
+      folder_or_hub_id: the folder, or the hub id.
+      file: fetch this file in place of the usual ones.
 
     Raises:
       InputError: neither a folder nor a hub id, or the hub cannot give it.
@@ -60,6 +64,8 @@ def locate(folder_or_hub_id: str | Path) -> Path:
             f"{name}: no such folder, and as a hub id it needs huggingface_hub, which is not installed"
         ) from error
     try:
+        if file is not None:
+            return Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, file]))
         safe = [*_HUB_FILES, "model*.safetensors", "model.safetensors.index.json"]
         fetched = Path(snapshot_download(name, allow_patterns=safe))
         if not any(fetched.glob("model*.safetensors")):

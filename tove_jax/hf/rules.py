@@ -91,7 +91,7 @@ class Rule:
         if self.part is None:
             return array
         index, count = self.part
-        size = array.shape[0] // count
+        size = len(array) // count
         return array[index * size : (index + 1) * size]
 
     def to_leaf(self, stacked: np.ndarray) -> np.ndarray:

@@ -1,0 +1,163 @@
+"""An expert as a row of a table: card, network, names of the published weights, features."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tove_jax.errors import InputError
+from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
+from tove_jax.files.weights import hash_arrays, read_arrays
+from tove_jax.hf.load import locate
+from tove_jax.hf.rules import Rule, flatten, to_tree, unflatten
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One published expert.
+
+    Attributes:
+      card: as published; ``card.weights`` is the hub id, or tells where the file comes from.
+      build: input size in pixels -> module; called as ``module.init(key, pixels)``, its attribute ``dtype`` is
+        the compute dtype.
+      rules: published names <-> the module's tree.
+      features: ``(module, params, pixels float32 (B, size, size, 3) normalised) -> ExpertFeatures``, pure.
+      ignore: regular expressions of published names that are left out on purpose.
+      canonical: brings other spellings to the names of `rules` first.
+      adapt: ``(tree at the published size, module at another size) -> tree``, such as a resize of position
+        embeddings; None: the tree does not depend on the size.
+      multiple: sizes must be multiples of this.
+      file: file of the hub repository that holds the weights, where it is none of the usual ones.
+      extras: further named maps ``(module, params, pixels normalised) -> array``, for reports.
+    """
+
+    card: ExpertCard
+    build: Callable[[int], nn.Module]
+    rules: tuple[Rule, ...]
+    features: Callable[[nn.Module, Any, jax.Array], ExpertFeatures]
+    ignore: tuple[str, ...] = ()
+    canonical: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None
+    adapt: Callable[[dict[str, Any], nn.Module], dict[str, Any]] | None = None
+    multiple: int = 1
+    file: str | None = None
+    extras: Mapping[str, Callable[[nn.Module, Any, jax.Array], Any]] = dataclasses.field(default_factory=dict)
+
+    def shapes(self, size: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Returns path and shape of every parameter at an input size; nothing is computed."""
+        size = size or self.card.view.size
+        return {path: leaf.shape for path, leaf in flatten(_abstract(self.build(size), size)).items()}
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns name and shape of every published array that is used."""
+        by_path = {rule.path: rule for rule in self.rules}
+        return {
+            name: by_path[path].published_shape(shape)
+            for path, shape in self.shapes().items()
+            for name in by_path[path].names(shape)
+        }
+
+    def describe(self, *, weights: Path | None = None, size: int | None = None, dtype: str = "float32") -> ExpertCard:
+        """Returns the card of the expert that `load` would give; same arguments and errors, nothing is read."""
+        self._check(size, dtype)
+        card = self.card
+        if size is None or size == card.view.size:
+            return card
+        resize = card.view.resize and round(card.view.resize * size / card.view.size)
+        view = dataclasses.replace(card.view, size=size, resize=resize)
+        module = self.build(size)
+        tree = _abstract(module, size)
+        run = functools.partial(self.features, module)
+        found = jax.eval_shape(run, tree, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        return dataclasses.replace(card, view=view, grid=found.patches.shape[1:3], parameters=parameters)
+
+    def load(self, *, weights: Path | None = None, size: int | None = None, dtype: str = "float32") -> Expert:
+        """Loads the expert.
+
+        Args:
+          weights: folder, file or hub id; None: fetched from the hub under ``card.weights``.
+          size: pixels a side, where it is not the published one.
+          dtype: compute dtype, ``float32``, ``bfloat16`` or ``float16``; parameters stay float32.
+
+        Returns:
+          The expert; its hash is of the parameters as used.
+
+        Raises:
+          InputError: a size or dtype that is not possible, no such weights, or weights that do not fit.
+        """
+        card = self.describe(size=size, dtype=dtype)
+        side = card.view.size
+        module = self.build(side).clone(dtype=jnp.dtype(dtype))
+        params = self.read(weights, side)
+
+        def bind(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+            return lambda params, pixels: function(module, params, card.view.normalize(pixels))
+
+        extras = {name: bind(function) for name, function in self.extras.items()}
+        return Expert(
+            card, jax.tree.map(jnp.asarray, params), hash_arrays(flatten(params)), bind(self.features), extras
+        )
+
+    def read(self, weights: Path | str | None = None, size: int | None = None) -> dict[str, Any]:
+        """Reads published weights into the module's tree, float32.
+
+        Arguments and errors as `load`.
+        """
+        path = self._find(weights)
+        arrays = read_arrays(path)
+        if self.canonical is not None:
+            arrays = self.canonical(arrays)
+        tree = to_tree(arrays, self.rules, self.shapes(), ignore=self.ignore, source=str(path))
+        leaves = flatten(tree)
+        for name, leaf in leaves.items():
+            if leaf.dtype.kind not in "fV":  # ml_dtypes' bfloat16 and float8 are of kind V
+                raise InputError(f"{path}: {name} has dtype {leaf.dtype}, expected floating point")
+            if not np.isfinite(leaf.astype(np.float32, copy=False)).all():
+                raise InputError(f"{path}: {name}: expected finite numbers, found NaN or Inf")
+        tree = unflatten({name: leaf.astype(np.float32) for name, leaf in leaves.items()})
+        if size is None or size == self.card.view.size:
+            return tree
+        if self.adapt is not None:
+            tree = self.adapt(tree, self.build(size))
+        found = {name: np.shape(leaf) for name, leaf in flatten(tree).items()}
+        if found != self.shapes(size):
+            raise ValueError(f"expert {self.card.name}: the tree does not fit an input of {size} pixels")
+        return tree
+
+    def _find(self, weights: Path | str | None) -> Path:
+        source = weights if weights is not None else self.card.weights
+        path = Path(source).expanduser()
+        if path.is_file():
+            return path
+        try:
+            folder = locate(source, self.file)
+        except InputError as error:
+            raise InputError(
+                f"expert {self.card.name}: {error}; expected a folder, a file or a hub id, such as the published "
+                f"weights: {self.card.weights}"
+            ) from error
+        own = folder / self.file if self.file else None
+        return own if own is not None and own.is_file() else folder
+
+    def _check(self, size: int | None, dtype: str) -> None:
+        name = self.card.name
+        if size is not None and (not isinstance(size, int) or size <= 0 or size % self.multiple):
+            raise InputError(f"expert {name}: size: expected a positive multiple of {self.multiple}, found {size!r}")
+        if dtype not in _DTYPES:
+            raise InputError(f"expert {name}: dtype: expected {', '.join(_DTYPES)}, found {dtype!r}")
+
+
+def _abstract(module: nn.Module, size: int) -> dict[str, Any]:
+    pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
