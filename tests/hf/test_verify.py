@@ -14,7 +14,7 @@ from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 from tove_jax.hf.export import export_student, save_start
 from tove_jax.hf.verify import VerifyReport, _compare, verify
-from tove_jax.models import vit
+from tove_jax.models import block
 
 PICTURES = [np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)]
 
@@ -73,7 +73,7 @@ def test_says_when_only_jax_was_checked(exported, no_torch):
 def test_a_difference_is_found(exported, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    monkeypatch.setitem(vit.ACTIVATIONS, "quick_gelu", vit.ACTIVATIONS["gelu"])
+    monkeypatch.setitem(block.ACTIVATIONS, "quick_gelu", block.ACTIVATIONS["gelu"])
     report = verify(exported[0], pictures=PICTURES)
     assert not report.ok and report.lines()[-1] == "FAILED"
     assert any("hidden_states[1] differs by" in problem for problem in report.problems)

@@ -31,26 +31,43 @@ def choose(implementation: Implementation, dtype: jnp.dtype, head_width: int) ->
     return "cudnn" if half and fits and jax.default_backend() == "gpu" else "xla"
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, implementation: Implementation = "auto") -> jax.Array:
-    """Softmax attention without a mask, scaled by 1/sqrt(head width); the softmax is float32 at the least.
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    implementation: Implementation = "auto",
+    *,
+    scale: float | None = None,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention; the softmax is float32 at the least.
 
     Args:
-      query, key, value: (B, T, heads, head width), one dtype.
-      implementation: see `choose`.
+      query: (B, T, heads, head width).
+      key, value: (B, S, heads, head width), the query's dtype.
+      implementation: see `choose`; ``auto`` is XLA's where there is a bias or a mask.
+      scale: of the scores; None: 1/sqrt(head width).
+      bias: (B, heads, T, S), added to the scaled scores; or None.
+      mask: bool (B, S), False for keys that no query may look at; or None.
 
     Returns:
       (B, T, heads, head width).
     """
+    if implementation == "auto" and (bias is not None or mask is not None):
+        implementation = "xla"
     chosen = choose(implementation, query.dtype, query.shape[-1])
-    return jax.nn.dot_product_attention(query, key, value, implementation=chosen)
+    keys = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(query, key, value, bias, keys, scale=scale, implementation=chosen)
 
 
-def attention_row_scores(query: jax.Array, key: jax.Array, row: int = 0) -> jax.Array:
+def attention_row_scores(query: jax.Array, key: jax.Array, row: int = 0, scale: float | None = None) -> jax.Array:
     """Scores of one query against every key, before the softmax, without the (T, T) map.
 
     Args:
       query, key: (B, T, heads, head width).
       row: which token asks; 0 is CLS.
+      scale: of the scores; None: 1/sqrt(head width).
 
     Returns:
       (B, heads, T), float32 at the least; `jax.nn.softmax` of it over the last axis is that row of
@@ -58,4 +75,4 @@ def attention_row_scores(query: jax.Array, key: jax.Array, row: int = 0) -> jax.
     """
     precise = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bhd,bthd->bht", query[:, row], key, preferred_element_type=precise)
-    return scores * (query.shape[-1] ** -0.5)
+    return scores * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -14,31 +14,18 @@ import jax.numpy as jnp
 from tove_jax.adapters import encoder_adapter, mola, mole
 from tove_jax.config.schema import StudentConfig
 from tove_jax.errors import InputError
-from tove_jax.models.attention import Implementation, attention, attention_row_scores
+from tove_jax.models import block as blocks
+from tove_jax.models.attention import Implementation
+from tove_jax.models.block import TOKENS, Block, PatchEmbed, layer_norm, stacked_init
 from tove_jax.parallel import constrain
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
-
 LOGICAL_AXES = (
-    (r"(.*/)?patch_embed/kernel", ("patch", None, None, "embed")),
     (r"(.*/)?class_embed", ("embed",)),
     (r"(.*/)?position_embed", ("tokens", "embed")),
     (r"(.*/)?(pre|post)_norm/(scale|bias)", ("embed",)),
-    (r"(.*/)?layers/norm[12]/(scale|bias)", ("layers", "embed")),
-    (r"(.*/)?layers/attention/(query|key|value)/kernel", ("layers", "embed", "heads")),
-    (r"(.*/)?layers/attention/(query|key|value)/bias", ("layers", "heads")),
-    (r"(.*/)?layers/attention/out/kernel", ("layers", "heads", "embed")),
-    (r"(.*/)?layers/attention/out/bias", ("layers", "embed")),
-    (r"(.*/)?layers/mlp/fc1/kernel", ("layers", "embed", "mlp")),
-    (r"(.*/)?layers/mlp/fc1/bias", ("layers", "mlp")),
-    (r"(.*/)?layers/mlp/fc2/kernel", ("layers", "mlp", "embed")),
-    (r"(.*/)?layers/mlp/fc2/bias", ("layers", "embed")),
+    *blocks.LOGICAL_AXES,
 )
 
-TOKENS = ("batch", "tokens", "embed")
 UNROLLED = 4  # Runs of at most this many layers are unrolled: 10 % faster on CPU, and quicker to compile.
 
 
@@ -48,110 +35,6 @@ def logical_axes() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
     They cover the student, its adapters and the method's encoder adapters, under any prefix.
     """
     return LOGICAL_AXES + mole.LOGICAL_AXES + mola.LOGICAL_AXES + encoder_adapter.LOGICAL_AXES
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention that can also return the row of CLS."""
-
-    heads: int
-    out_std: float
-    dtype: Any
-    implementation: Implementation
-
-    @nn.compact
-    def __call__(self, x: jax.Array, rows: frozenset[str]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        width = x.shape[-1]
-
-        def heads(name: str) -> jax.Array:
-            y = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5), name=name)(x)
-            y = y.reshape(*y.shape[:-1], self.heads, width // self.heads)
-            return constrain(y, ("batch", "tokens", "heads", None))
-
-        query, key, value = heads("query"), heads("key"), heads("value")
-        found = {}
-        if rows:
-            scores = attention_row_scores(query, key)
-            if "attention_cls_scores" in rows:
-                found["attention_cls_scores"] = scores
-            if "attention_cls" in rows:
-                found["attention_cls"] = jax.nn.softmax(scores, axis=-1)
-        y = attention(query, key, value, self.implementation).reshape(x.shape)
-        out = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="out")
-        return out(y), found
-
-
-class Linear(nn.Dense):
-    """A Dense whose output follows the given logical axes; adapters may read its kernel."""
-
-    axes: tuple[str | None, ...] = ()
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (..., features)."""
-        return constrain(super().__call__(x), self.axes)
-
-
-class Mlp(nn.Module):
-    """Two linears and an activation, run by the adapter where there is one."""
-
-    mlp_width: int
-    activation: str
-    out_std: float
-    dtype: Any
-    adapter: Callable[..., nn.Module] | None
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, adapter_inputs: Any, deterministic: bool, reports: frozenset[str]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        width = x.shape[-1]
-        init = nn.initializers.normal
-        hidden = {"dtype": self.dtype, "kernel_init": init((2 * width) ** -0.5), "axes": ("batch", "tokens", "mlp")}
-        first = Linear(self.mlp_width, name="fc1", **hidden)
-        second = nn.Dense(width, dtype=self.dtype, kernel_init=init(self.out_std), name="fc2")
-        act = ACTIVATIONS[self.activation]
-        if self.adapter is None:
-            return second(act(first(x))), {}
-        experts = self.adapter(name="adapter")
-        return experts(x, first, act, second, inputs=adapter_inputs, deterministic=deterministic, reports=reports)
-
-
-class Block(nn.Module):
-    """One pre-norm transformer layer."""
-
-    heads: int
-    mlp_width: int
-    activation: str
-    norm_epsilon: float
-    depth: int
-    dtype: Any
-    implementation: Implementation
-    adapter: Callable[..., nn.Module] | None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        adapter_inputs: Any = None,
-        *,
-        rows: frozenset[str] = frozenset(),
-        reports: frozenset[str] = frozenset(),
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-        """Returns (B, T, D), the attention rows asked for, and the adapter's reports asked for."""
-        out_std = x.shape[-1] ** -0.5 * (2 * self.depth) ** -0.5
-        norm1 = layer_norm("norm1", self.norm_epsilon, self.dtype)
-        norm2 = layer_norm("norm2", self.norm_epsilon, self.dtype)
-        attend = Attention(self.heads, out_std, self.dtype, self.implementation, name="attention")
-        mlp = Mlp(self.mlp_width, self.activation, out_std, self.dtype, self.adapter, name="mlp")
-        y, found = attend(norm1(x), rows)
-        x = constrain(x + y, TOKENS)
-        y, told = mlp(norm2(x), adapter_inputs, deterministic, reports)
-        return constrain(x + y, TOKENS), found, told
-
-
-def layer_norm(name: str, epsilon: float, dtype: Any) -> nn.Module:
-    """Returns a layer norm with float32 statistics; the two-pass variance, as torch computes it."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +149,7 @@ class VisionTransformer(nn.Module):
             adapter=self.adapter,
             parent=None,
         )
-        stacked = self.param("layers", _stacked_init(block, depth, self.width))
+        stacked = self.param("layers", stacked_init(block, depth, jnp.zeros((1, 1, self.width), jnp.float32)))
         found: dict[str, jax.Array] = {"embeddings": x} if asked.embeddings else {}
         output_wanted = final or asked.pooled or self.is_initializing()
         told: list[dict[str, jax.Array]] = []
@@ -298,15 +181,12 @@ class VisionTransformer(nn.Module):
         return (x if final else None), {name: found[name] for name in intermediates}
 
     def _embed(self, pixels: jax.Array) -> jax.Array:
-        side, grid, width = self.patch_size, self.grid, self.width
-        patches = pixels[:, : grid * side, : grid * side].astype(self.dtype)
-        patches = patches.reshape(-1, grid, side, grid, side, 3).swapaxes(2, 3)
-        patches = patches.reshape(-1, grid * grid, side * side * 3)
+        grid, width = self.grid, self.width
         init = nn.initializers.normal
-        kernel = PatchKernel((side, side, 3, width), name="patch_embed")()
+        patches = PatchEmbed(self.patch_size, width, dtype=self.dtype, name="patch_embed")(pixels)
         class_embed = self.param("class_embed", init(width**-0.5), (width,))
         position = self.param("position_embed", init(width**-0.5), (1 + grid * grid, width))
-        x = patches @ kernel.reshape(-1, width).astype(self.dtype)
+        x = patches.reshape(-1, grid * grid, width)
         cls = jnp.broadcast_to(class_embed.astype(self.dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([cls, x], axis=1) + position.astype(self.dtype)
         return constrain(layer_norm("pre_norm", self.norm_epsilon, self.dtype)(x), TOKENS)
@@ -333,25 +213,6 @@ class VisionTransformer(nn.Module):
         dots = policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
         # Inside a loop nothing can be merged across iterations, so the barrier would only cost.
         return jax.checkpoint(body, policy=dots, prevent_cse=prevent_cse)
-
-
-class PatchKernel(nn.Module):
-    """Holds the kernel of the patch embedding, used as one matrix product over flattened patches."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        """Returns (p, p, 3, D)."""
-        return self.param("kernel", nn.initializers.normal(0.02), self.shape)
-
-
-def _stacked_init(block: Block, depth: int, width: int) -> Callable[[jax.Array], Any]:
-    def init(rng: jax.Array) -> Any:
-        token = jnp.zeros((1, 1, width), jnp.float32)
-        return jax.vmap(lambda key: block.init(key, token)["params"])(jax.random.split(rng, depth))
-
-    return init
 
 
 def _parse(names: Sequence[str], depth: int, has_adapter: bool) -> _Requests:
