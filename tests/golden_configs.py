@@ -5,11 +5,27 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "goldens" / "configs"
-CONFIGS = ("base.py", "demo.py", "demo.py:method=hawaii", "demo.py:method=tove", "demo.py:smoke")
+CONFIGS = (
+    "base.py",
+    "demo.py",
+    "demo.py:method=hawaii",
+    "demo.py:method=tove",
+    "demo.py:smoke",
+    "move_kd_vit_l.py",
+    "move_kd_vit_l.py:teachers=v1_1,stage=2,preset=reference",
+)
+# Grid and width of the full-size configs' teachers, as their papers' code gives them.
+TEACHERS = {
+    "convnext_xxl": ((32, 32), 3072),
+    "eva02_l": ((64, 64), 1024),
+    "pix2struct_l": ((32, 32), 1536),
+    "sam_l": ((64, 64), 256),
+}
 
 
 def cards(config):
@@ -23,6 +39,10 @@ def cards(config):
         if name == "clip":
             clip = registry.cards()["clip"]
             found[name] = dataclasses.replace(clip, grid=(grid, grid), width=student.width, summary_width=student.width)
+        elif name in TEACHERS:
+            found[name] = dataclasses.replace(
+                registry.cards()["clip"], name=name, grid=TEACHERS[name][0], width=TEACHERS[name][1]
+            )
         else:
             found[name] = registry.describe(spec)
     return found
@@ -63,7 +83,7 @@ def text(name):
 
 def file_of(name):
     """Returns the golden file of a config."""
-    return FOLDER / (name.replace(".py", "").replace(":", "-").replace("=", "-") + ".txt")
+    return FOLDER / (re.sub(r"[:=,]", "-", name.replace(".py", "")) + ".txt")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.golden_configs import TEACHERS
+from tove_jax.config import door
 from tove_jax.config.schema import AdapterConfig, Config, FeaturesConfig, MoveKDConfig, StudentConfig
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts.base import ExpertCard, ExpertFeatures
 from tove_jax.methods import get, move_kd
 from tove_jax.methods.presets import PRESETS
+from tove_jax.models import vit
+from tove_jax.train.state import flatten, parameter_factors
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = sorted(path.stem.removeprefix("kd_objective_") for path in GOLDENS.glob("kd_objective_*.npz"))
@@ -204,10 +208,63 @@ def test_registered_and_asks_for_what_it_reads():
     for name in ("a", "b", "clip"):
         expected |= {f"loss/{name}/patches", f"weight/{name}", f"target/{name}/variance"}
     expected |= {f"router/load/{layer:02d}/{e}" for layer in range(LAYERS) for e in range(EXPERTS)}
+    expected |= {f"router/collapse/{layer:02d}" for layer in range(LAYERS)}
     assert set(metrics) == expected
     assert all(value.shape == () for value in metrics.values())
     load = sum(metrics[f"router/load/00/{e}"] for e in range(EXPERTS))
     np.testing.assert_allclose(load, 1.0, rtol=1e-6)
+
+
+def test_collapse_is_the_largest_share_of_a_layer():
+    # Layer 0: even; layer 1: one expert gets everything; layer 2: rows disagree, and the last is padding.
+    rows = jnp.array([True, True, False])
+    one, two = [1.0, 0.0, 0.0], [0.0, 0.5, 0.5]
+    choice = jnp.array([[[1 / 3] * 3] * 3, [one] * 3, [one, two, one]])
+    entropy = jnp.array([[1.0, 1.0, 9.0], [0.0, 0.0, 9.0], [0.5, 0.5, 9.0]])
+    metrics = jax.jit(move_kd.router_metrics)(choice, entropy, rows)
+    np.testing.assert_allclose([metrics[f"router/collapse/{layer:02d}"] for layer in range(3)], [1 / 3, 1.0, 0.5])
+    np.testing.assert_allclose([metrics[f"router/load/02/{e}"] for e in range(3)], [0.5, 0.25, 0.25])
+    np.testing.assert_allclose(metrics["router/entropy"], 0.5)
+    gradient = jax.grad(lambda x: sum(move_kd.router_metrics(x, entropy, rows).values()))(choice)
+    assert not np.asarray(gradient).any()
+
+
+def test_scrambled_sam_is_what_the_released_wrapper_does():
+    """Its steps, in torch: flatten channels with rows, take that for (tokens, channels), unshuffle by two."""
+    side, channels = 4, 16
+    spatial = np.random.default_rng(0).standard_normal((2, side, side, channels)).astype(np.float32)
+    method = PRESETS["reference"].method
+    found = np.asarray(move_kd.laid_out(method, "sam_l", jnp.asarray(spatial)))
+    assert found.shape == spatial.shape and np.array_equal(np.sort(found, axis=None), np.sort(spatial, axis=None))
+    # Token (i, j) holds two channels of two rows, all columns: not a place in the picture.
+    first = {(c, h) for c, h in np.ndindex(channels, side) if np.isin(spatial[0, h, :, c], found[0, 0, 0]).all()}
+    assert first == {(0, 0), (0, 1), (2, 0), (2, 1)}
+    for other in (MoveKDConfig(), PRESETS["recommended"].method):
+        assert move_kd.laid_out(other, "sam_l", spatial) is spatial
+    assert move_kd.laid_out(method, "eva02_l", spatial) is spatial
+    with pytest.raises(InputError, match="found 4 x 2 x 16 of expert 'sam_l'"):
+        move_kd.laid_out(method, "sam_l", jnp.asarray(spatial[:, :, :2]))
+    torch = pytest.importorskip("torch")
+    tokens = torch.from_numpy(spatial.transpose(0, 3, 1, 2).copy()).flatten(1, 2)
+    batch, count, width = tokens.shape
+    square = tokens.transpose(1, 2).reshape(batch, width, math.isqrt(count), math.isqrt(count))
+    theirs = torch.nn.functional.pixel_unshuffle(square, 2)
+    np.testing.assert_array_equal(found, theirs.permute(0, 2, 3, 1).numpy())
+
+
+def test_sam_layout_reaches_the_loss():
+    config, _, outputs, features, batch = random_case(sam_expert="a")
+    draw = np.random.default_rng(3)
+    features = {**features, "a": ExpertFeatures(jnp.asarray(draw.standard_normal((6, 2, 2, 8)), jnp.float32))}
+    cards = {name: card(name, f.patches.shape[1:3], f.patches.shape[3], name == "clip") for name, f in features.items()}
+    params = move_kd.init_extra(config, cards, TOKENS, jax.random.key(0))
+    scrambled = change(config, sam_layout="scrambled")
+    _, metrics = evaluate(params, outputs, features, batch, scrambled)
+    laid = {**features, "a": ExpertFeatures(move_kd.laid_out(scrambled.method, "a", features["a"].patches))}
+    _, expected = evaluate(params, outputs, laid, batch, config)
+    _, spatial = evaluate(params, outputs, features, batch, config)
+    close(metrics, expected)
+    assert abs(metrics["loss/a/patches"] - spatial["loss/a/patches"]) > 1e-4
 
 
 def test_padded_rows_contribute_nothing():
@@ -355,7 +412,8 @@ def test_contracts_that_do_not_fit_are_refused():
 
 def test_presets():
     reference = PRESETS["reference"]
-    assert reference.method == MoveKDConfig(saturation_scope="device") and reference.adapter == AdapterConfig()
+    assert reference.method == MoveKDConfig(saturation_scope="device", sam_layout="scrambled")
+    assert reference.adapter == AdapterConfig()
     assert PRESETS["paper"].method.token_weight_source == "scores"
     recommended = PRESETS["recommended"]
     assert recommended.adapter.b_init == "zeros" and recommended.method.stop_gradient_teacher_weight
@@ -375,3 +433,75 @@ def test_a_prior_fixes_the_weights_of_the_teachers_but_clip():
         evaluate(params, outputs, features, batch, change(config, teacher_prior=(1.0,)))
     with pytest.raises(InputError, match="not negative"):
         evaluate(params, outputs, features, batch, change(config, teacher_prior=(-1.0, 1.0)))
+
+
+# Published sizes of the encoder adapters; Pix2Struct is in no set of the paper's tables.
+ENCODER_ADAPTERS = {"sam_l": 2_623_040, "eva02_l": 3_409_472, "pix2struct_l": 2_164_288, "convnext_xxl": 3_737_152}
+CONFIG = str(Path(__file__).parents[2] / "configs" / "move_kd_vit_l.py")
+
+
+def full_size(config):
+    """Shapes of every parameter of a full-size run, flat."""
+    cards = {name: card(name, *TEACHERS[name]) for name in config.features.names if name != "clip"}
+    cards["clip"] = dataclasses.replace(card("clip", (24, 24), 1024, clip=True), summary_width=1024)
+    module = vit.from_config(config.student)
+    student = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 336, 336, 3)))["params"]
+    extra = jax.eval_shape(lambda: move_kd.init_extra(config, cards, module.grid**2, jax.random.key(0)))
+    return flatten({"student": student, "method": extra})
+
+
+def count(shapes, *words):
+    return sum(math.prod(leaf.shape) for path, leaf in shapes.items() if any(word in path for word in words))
+
+
+@pytest.mark.parametrize("teachers", ["v1_0", "v1_1"])
+def test_full_size_config(teachers):
+    first = door.from_file(f"{CONFIG}:teachers={teachers}")
+    names = first.features.names
+    assert set(names) == {"clip", "eva02_l", "convnext_xxl"} | ({"sam_l"} if teachers == "v1_1" else set())
+    shapes = full_size(first)
+    assert count(shapes, "method/") == sum(ENCODER_ADAPTERS[name] for name in names if name != "clip")
+    for name in names:
+        assert count(shapes, f"method/{name}/") == ENCODER_ADAPTERS.get(name, 0)
+    # The paper's one site has half of the experts; the released code's has the published number.
+    reference = full_size(door.from_file(f"{CONFIG}:teachers={teachers},preset=reference"))
+    assert count(reference, "/adapter/") == 24_040_008
+    assert count(shapes, "student/") - count(shapes, "/adapter/") == 303_507_456
+    factors = parameter_factors(first.optim, shapes)
+    trained = {path for path, factor in factors.items() if factor is not None}
+    assert trained == {path for path in shapes if "/adapter/" in path or path.startswith("method/")}
+    assert (first.optim.lr, first.train.batch, first.train.steps) == (1e-3, 256, 2180)
+    assert (first.student.view.fit, first.features.views, first.train.seed) == ("crop", "published", 42)
+    second = door.from_file(f"{CONFIG}:teachers={teachers},stage=2")
+    assert None not in parameter_factors(second.optim, shapes).values()
+    assert (second.optim.lr, second.train.batch, second.train.steps) == (2e-5, 128, 5197)
+    assert (second.student.view.fit, second.features.views) == ("pad", "student")
+    for config in (first, second):
+        o = config.optim
+        assert (o.b1, o.b2, o.eps, o.weight_decay, o.schedule, o.warmup, o.clip_norm) == (
+            0.9, 0.999, 1e-8, 0.0, "cosine", 0.03, 1.0,
+        )  # fmt: skip
+        assert config.train.dtype == "bfloat16"
+        assert config.student.initialize == "openai/clip-vit-large-patch14-336"
+
+
+def test_full_size_config_takes_presets_and_refuses_the_rest():
+    for name, preset in PRESETS.items():
+        config = door.from_file(f"{CONFIG}:preset={name},seed=7")
+        assert (config.method, config.student.adapter) == (preset.method, preset.adapter)
+        assert config.train.seed == 7 and config.features.views == ("student" if name == "recommended" else "published")
+    assert door.from_file(CONFIG) == door.from_file(f"{CONFIG}:preset=paper,teachers=v1_0,stage=1,seed=42")
+    smoke = door.from_file(f"{CONFIG}:smoke,teachers=v1_1,stage=2")
+    assert len(smoke.features.experts) == 4 and smoke.train.steps < 10 and smoke.optim.lr == 2e-5
+    for wrong, message in {
+        "teachers=v1_2": "did you mean 'v1_1'|did you mean 'v1_0'",
+        "stage=3": "expected 1 or 2, found 3",
+        "preset=papr": "did you mean 'paper'",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            door.from_file(f"{CONFIG}:{wrong}")
+
+
+def test_pix2struct_encoder_adapter_has_its_size():
+    config = make_config(("clip", "pix2struct_l"), 1024)
+    assert count(full_size(config), "method/") == ENCODER_ADAPTERS["pix2struct_l"]

@@ -112,6 +112,11 @@ class MoveKDConfig:
         "all", "Pool the balance loss over all layers, or a layer at a time. [code: all]"
     )
     kd_on_text_only: bool = option(True, "Distil on rows without a picture too. [code: on]")
+    sam_expert: str = option("sam_l", "Name of the expert that `sam_layout` is about.")
+    sam_layout: Literal["spatial", "scrambled"] = option(
+        "spatial",
+        "SAM's tokens as they lie in the picture, or as the released wrapper flattens them. [code: scrambled]",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +236,11 @@ class FeaturesConfig:
     )
     path: str = option("", "Folder of the store; empty: `features` in the run's folder.")
     codec: Literal["float32", "bf16", "int8", "fp8"] = option("bf16", "How patch tokens are stored.")
+    views: Literal["published", "student"] = option(
+        "published",
+        "Each expert cuts a picture as published, or all of them as the student does (`student.view.fit`), so that "
+        "their tokens lie over each other; size, filter and normalisation stay their own. [code: published]",
+    )
     standardize: Literal["none", "centred"] = option(
         "none",
         "`centred` takes each channel's mean off every expert but CLIP and divides all channels by one deviation, so "
@@ -267,6 +277,11 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
+    start_from: str = option(
+        "",
+        "Folder of a finished run, or of an export with adapters, whose parameters this run begins with; the frozen "
+        "CLIP stays `student.initialize`. Empty: none.",
+    )
     steps: int = option(1000, "Optimiser steps.")
     batch: int = option(256, "Global batch, pictures.")
     accumulation: int = option(1, "Micro-batches a step; divides the batch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,16 @@ def load_options(config: Config, workdir: Path, name: str) -> dict[str, Any]:
     return {"weights": start_folder(config, workdir), "feature": config.student.feature}
 
 
+def as_viewed(config: Config, card: ExpertCard) -> ExpertCard:
+    """Returns an expert's card with the view of this run: its own, or cut as the student cuts (``features.views``).
+
+    Of the view only the cut changes, so the network and its normalisation stay as they are.
+    """
+    if config.features.views == "published":
+        return card
+    return dataclasses.replace(card, view=dataclasses.replace(card.view, fit=config.student.view.fit, resize=None))
+
+
 def expert_cards(config: Config, workdir: Path, only: Sequence[str] | None = None) -> dict[str, ExpertCard]:
     """Returns the card of every configured expert, or of some, as this run loads it.
 
@@ -74,7 +85,7 @@ def expert_cards(config: Config, workdir: Path, only: Sequence[str] | None = Non
       InputError: an unknown expert, or one given twice.
     """
     return {
-        name: registry.describe(spec, **load_options(config, workdir, name))
+        name: as_viewed(config, registry.describe(spec, **load_options(config, workdir, name)))
         for name, spec in chosen_experts(config, only).items()
     }
 
@@ -121,6 +132,7 @@ def extract_all(
             with claim(Path(workdir) / "start.lock", wait=True):
                 options = load_options(config, Path(workdir), name)
         expert = load(spec, **options)
+        expert = dataclasses.replace(expert, card=as_viewed(config, expert.card))
         runs = [(store_path(config, workdir, name), expert.card.view, everything)]
         if config.data.flip and len(sides.train):
             runs.append((store_path(config, workdir, name, flip=True), expert.card.view.flipped(), sides.train))

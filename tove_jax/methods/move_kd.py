@@ -183,7 +183,7 @@ def objective(
       L_k), ``weight/{expert}`` (mean of W_k), ``weight/saturated`` (share of groups in which the
       saturation rule fired), ``target/{expert}/variance`` (over rows and tokens, mean over channels; it
       goes to zero when an encoder adapter collapses), ``router/load/{layer:02d}/{e}``, ``router/entropy``
-      (nats).
+      (nats), ``router/collapse/{layer:02d}`` (see `router_metrics`).
 
     Raises:
       InputError: rows that do not divide into the groups.
@@ -195,6 +195,7 @@ def objective(
         distilled = rows & batch["has_picture"]
     student = outputs[config.student.feature][:, 1:]
     clip = features[method.clip_expert]
+    features = {name: features[name]._replace(patches=laid_out(method, name, features[name].patches)) for name in names}
 
     targets = {name: target(method, params.get(name), features[name], student) for name in names}
     token_weight = token_weights(method, clip) if method.token_weighting else None
@@ -245,6 +246,31 @@ def target(method: MoveKDConfig, params: Any | None, features: ExpertFeatures, s
         return patches.reshape(student.shape)
     adapter = encoder_adapter(method, student.shape[1], student.shape[2], student.dtype)
     return adapter.apply({"params": params}, patches)
+
+
+def laid_out(method: MoveKDConfig, name: str, patches: jax.Array) -> jax.Array:
+    """Returns an expert's patches (B, H, W, C) in the order in which the method reads them.
+
+    All but SAM's as they lie in the picture. With ``sam_layout`` ``scrambled`` SAM's channel-first map is
+    taken for a channel-last one, as the released wrapper does: its C * H rows become the tokens of one
+    larger square, of which every 2 x 2 cells are moved into channels. Each token then holds two channels of
+    two whole rows of the picture.
+
+    Raises:
+      InputError: a map for which that does not give H x W tokens of C channels again: H = W and C = 4 W.
+    """
+    if name != method.sam_expert or method.sam_layout == "spatial":
+        return patches
+    batch, height, wide, channels = patches.shape
+    half = math.isqrt(channels * height) // 2
+    if height != wide or channels != 4 * wide or half != height:
+        raise InputError(
+            f"config.method.sam_layout: 'scrambled' needs a square map with four times as many channels as columns, "
+            f"found {height} x {wide} x {channels} of expert '{name}'"
+        )
+    rows = patches.transpose(0, 2, 3, 1)  # (B, W, C, H): each column of the picture, all rows of all channels
+    cells = rows.reshape(batch, wide, half, 2, half, 2).transpose(0, 2, 4, 1, 3, 5)
+    return cells.reshape(patches.shape)
 
 
 def token_weights(method: MoveKDConfig, clip: ExpertFeatures) -> jax.Array:
@@ -345,12 +371,24 @@ def saturation(q: jax.Array, rows: jax.Array, method: MoveKDConfig, groups: int)
 
 
 def router_metrics(choice: jax.Array, entropy: jax.Array, rows: jax.Array) -> dict[str, jax.Array]:
-    """Returns each layer's load and the mean entropy, from (L, B, E) and (L, B), over the given rows."""
+    """Returns how the routers use the LoRA experts, over the given rows; nothing has a gradient.
+
+    Args:
+      choice: (L, B, E) share of a row's tokens that each expert gets.
+      entropy: (L, B) mean entropy of the probabilities, nats.
+      rows: (B,) which rows count.
+
+    Returns:
+      ``router/load/{layer:02d}/{e}``, the expert's share of all tokens; ``router/collapse/{layer:02d}``, the
+      largest of a layer's shares: 1/E at even load, 1 where one expert gets every token (ours);
+      ``router/entropy``, the mean over tokens and layers.
+    """
     metrics = {"router/entropy": masked_mean(entropy.mean(axis=0), rows)}
     for layer in range(choice.shape[0]):
-        for expert in range(choice.shape[2]):
-            load = masked_mean(choice[layer, :, expert], rows)
-            metrics[f"router/load/{layer:02d}/{expert}"] = jax.lax.stop_gradient(load)
+        loads = [masked_mean(choice[layer, :, expert], rows) for expert in range(choice.shape[2])]
+        metrics |= {f"router/load/{layer:02d}/{expert}": load for expert, load in enumerate(loads)}
+        metrics[f"router/collapse/{layer:02d}"] = jnp.stack(loads).max()
+    metrics = jax.lax.stop_gradient(metrics)
     return metrics
 
 

@@ -37,8 +37,12 @@ PAPER = Preset(
 )
 
 REFERENCE = Preset(
-    # The code averages over the rows of one process, which drives one device.
-    MoveKDConfig(saturation_scope="device"),
+    MoveKDConfig(
+        # The code averages over the rows of one process, which drives one device.
+        saturation_scope="device",
+        # The released wrapper flattens SAM's channel-first map as if channels came last.
+        sam_layout="scrambled",
+    ),
     AdapterConfig(),
 )
 

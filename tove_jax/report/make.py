@@ -13,7 +13,7 @@ from tove_jax.eval.predictors import run_folder_source
 from tove_jax.eval.run import with_stored_settings
 from tove_jax.experts import registry
 from tove_jax.experts.manifest import Manifest
-from tove_jax.experts.run import chosen_experts, load_options, store_path
+from tove_jax.experts.run import as_viewed, chosen_experts, load_options, store_path
 from tove_jax.files.atomic import atomic_write_bytes
 from tove_jax.report import maps, page
 from tove_jax.report.collect import ExpertFacts, collect
@@ -33,7 +33,7 @@ def expert_facts(config: Config, workdir: Path) -> tuple[ExpertFacts, ...]:
     """
     facts = []
     for name, spec in chosen_experts(config).items():
-        card = registry.describe(spec, **load_options(config, workdir, name))
+        card = as_viewed(config, registry.describe(spec, **load_options(config, workdir, name)))
         view = f"{card.view.size} px, {card.view.fit}"
         high, wide = card.grid
         gives, weights_hash = f"{high} × {wide} × {card.width}", ""

@@ -17,7 +17,7 @@ from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts import registry
 from tove_jax.experts.base import Expert
-from tove_jax.experts.run import chosen_experts, load_options
+from tove_jax.experts.run import as_viewed, chosen_experts, load_options
 from tove_jax.models import vit
 from tove_jax.report.collect import Panel, PictureMaps
 
@@ -205,6 +205,7 @@ def make_maps(
         add_components(column, colour, patches)
     for name, spec in chosen_experts(config).items():
         expert = registry.load(spec, **load_options(config, workdir, name))
+        expert = dataclasses.replace(expert, card=as_viewed(config, expert.card))
         features, extras = _expert_outputs(expert, images)
         title = name.replace("_", " ")
         patches = np.asarray(features.patches, np.float32)

@@ -44,6 +44,7 @@ FREE_FIELDS = (
     "student.attention",
     "student.remat",
     "method.source",
+    "train.start_from",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
