@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tove_jax.errors import InputError
-from tove_jax.models.position import bicubic_matrix, resize_position
+from tove_jax.models.position import bicubic_matrix, resize_map, resize_position
 
 CASES = [(4, 7), (7, 4), (24, 16), (3, (5, 2))]
 
@@ -58,3 +60,11 @@ def test_same_grid_is_untouched_and_wrong_rows_are_refused():
     assert resize_position(half, 6).dtype == np.float16
     with pytest.raises(InputError, match=r"expected 1 \+ n \* n rows, found 12"):
         resize_position(table[:12], 4)
+
+
+@pytest.mark.parametrize("grid", [(7, 3), (4, 4)])
+def test_a_map_inside_a_traced_function(grid):
+    table = embedding(4)
+    found = jax.jit(lambda t: resize_map(t, grid))(jnp.asarray(table[1:].reshape(4, 4, -1)))
+    np.testing.assert_allclose(found.reshape(-1, 6), resize_position(table, grid)[1:], atol=1e-6)
+    assert resize_map(jnp.zeros((4, 4, 2), jnp.bfloat16), grid).dtype == jnp.bfloat16

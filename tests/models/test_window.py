@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tove_jax.errors import InputError
-from tove_jax.models.window import indices, layer_kinds, partition, run_layers, unpartition
+from tove_jax.models.window import partition, unpartition
+from tove_jax.models.windowed import indices, layer_kinds, run_layers
 
 
 @pytest.mark.parametrize("grid,window", [((8, 8), 4), ((5, 7), 3), ((2, 3), 4)])

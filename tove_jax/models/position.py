@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tove_jax.errors import InputError
@@ -67,3 +69,25 @@ def resize_position(embedding: Any, grid: int | tuple[int, int], leading: int = 
     table = np.einsum("rs,sud->rud", vertical, table)
     table = np.einsum("cu,rud->rcd", horizontal, table).reshape(rows * columns, width)
     return np.concatenate([embedding[:leading], table.astype(embedding.dtype)])
+
+
+def resize_map(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Resizes a map of position embeddings inside a traced function, as `resize_position` does on the host.
+
+    Args:
+      table: (R, C, D).
+      grid: rows and columns wanted.
+
+    Returns:
+      (rows, columns, D), the table's dtype; the table itself when the grid is the same.
+    """
+    if table.shape[:2] == tuple(grid):
+        return table
+    precise = jnp.promote_types(table.dtype, jnp.float32)
+    vertical, horizontal = (
+        jnp.asarray(bicubic_matrix(source, target), precise)
+        for source, target in zip(table.shape[:2], grid, strict=True)
+    )
+    best = jax.lax.Precision.HIGHEST
+    resized = jnp.einsum("rs,cu,sud->rcd", vertical, horizontal, table.astype(precise), precision=best)
+    return resized.astype(table.dtype)

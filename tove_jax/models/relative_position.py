@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +76,26 @@ def decomposed_bias(query: jax.Array, rows: jax.Array, columns: jax.Array, grid:
     horizontal = jnp.einsum("bhwnd,wkd->bnhwk", on_grid, of_columns, preferred_element_type=precise)
     scores = vertical[..., :, None] + horizontal[..., None, :]
     return scores.reshape(batch, heads, high * wide, high * wide)
+
+
+class DecomposedPosition(nn.Module):
+    """Relative positions as `tove_jax.models.block.Attention.position` wants them.
+
+    Parameters: ``rows`` (2 R - 1, d) and ``columns`` (2 C - 1, d), zeros when initialised.
+
+    Attributes:
+      trained: (R, C), the grid that the tables were made for.
+      grid: (H, W), the grid that is looked at.
+    """
+
+    trained: tuple[int, int]
+    grid: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, query: jax.Array) -> jax.Array:
+        """Returns (B, heads, H * W, H * W), see `decomposed_bias`."""
+        rows, columns = (
+            self.param(name, nn.initializers.zeros, (2 * size - 1, query.shape[-1]))
+            for name, size in zip(("rows", "columns"), self.trained, strict=True)
+        )
+        return decomposed_bias(query, rows, columns, self.grid)
