@@ -1,9 +1,10 @@
 """`tove compare`: the methods of the demo, each taken apart as its paper does.
 
 MoVE-KD's rows follow the order of the paper's ablation, each one step more than the row above; HAWAII's are
-the fine-grained term alone, with token scores, and whole. All rows have the demo's recipe (see
-`configs/demo.py`: random start, targets that stay as drawn, centred features) and so differ from the papers,
-where a pretrained CLIP is kept close to itself.
+the fine-grained term alone, with token scores, and whole; ToVE's are the encoder with all its experts, the same
+without the one that knows most and without any, and merged into a plain tower. The whole MoVE-KD and HAWAII are
+merged too. All rows have the demo's recipe (see `configs/demo.py`: random start, targets that stay as drawn,
+centred features) and so differ from the papers, where a pretrained CLIP is kept close to itself.
 """
 
 from pathlib import Path
@@ -16,9 +17,30 @@ from tove_jax.config.sweep import settings_of
 DEMO = Path(__file__).parents[1] / "demo.py"
 
 
+# What the papers report: the first row is worse than the second. Beside it the paper's means, as far as known.
+ORDERS = (
+    ("plain", "adapter", "MoVE-KD: 66.3 < 66.7"),
+    ("adapter", "mole", "MoVE-KD: 66.7 < 67.4"),
+    ("mole", "token", "MoVE-KD: 67.4 < 67.7"),
+    ("token", "teacher", "MoVE-KD: 67.7 < 68.0"),
+    ("plain", "teacher", "MoVE-KD: 66.3 < 68.0"),
+    ("fine", "fine+score", "HAWAII: 63.2 < 63.5"),
+    ("fine+score", "hawaii", "HAWAII: 63.5 < 63.7"),
+    ("fine", "hawaii", "HAWAII: 63.2 < 63.7"),
+    ("tove-detached", "tove", "ToVE: experts help"),
+    ("tove-merged", "tove", "ToVE: 74.0 < 74.4"),
+    ("tove-detached", "tove-merged", "ToVE: merging keeps most"),
+)
+
+
 def get_sweep(arg: str = "") -> dict:
-    """Takes ``smoke`` (seconds, for tests) and ``steps=N`` (of every row; 0: those of each method's demo)."""
-    arguments = parse_arguments(arg, smoke=False, steps=0)
+    """Returns the rows.
+
+    Args:
+      arg: takes ``smoke`` (seconds, for tests), ``steps=N`` (of every row with a training of its own; 0: those of
+        each method's demo) and ``merge_steps=N`` (of every merge; 0: 300).
+    """
+    arguments = parse_arguments(arg, smoke=False, steps=0, merge_steps=0)
     rows: list[dict] = []
 
     def add(name: str, method: str, against: str = "", adapter: dict | None = None, **fields) -> None:
@@ -27,6 +49,12 @@ def get_sweep(arg: str = "") -> dict:
         config.method.update(fields)
         config.train.steps = arguments.steps or config.train.steps
         rows.append({"name": name, "config": config} | ({"against": against} if against else {}))
+
+    def merge(name: str, of: str, factor: float) -> None:
+        settings = {"train.steps": arguments.merge_steps or (arguments.steps or 4 if arguments.smoke else 300)}
+        settings |= {} if arguments.smoke else {"train.batch": 64}
+        settings["optim.groups"] = (("student/.*", factor), ("teacher/.*", None))
+        rows.append({"name": name, "of": of, "merge": {}, "settings": settings})
 
     # Without the teacher weight the paper's teachers count alike; the demo's prior is a row of its own.
     move_kd = {"teacher_prior": (), "token_weighting": False, "teacher_weighting": False}
@@ -42,4 +70,11 @@ def get_sweep(arg: str = "") -> dict:
     add("fine+score", "hawaii", "fine", coarse=False)
     add("hawaii", "hawaii", "fine+score")
     add("tove", "tove")
-    return {"baseline": "plain", "seeds": (1, 2) if arguments.smoke else (1, 2, 3), "rows": rows}
+    experts = [spec.partition(":")[0] for spec in rows[-1]["config"].features.experts]
+    rows.append({"name": "tove-one", "of": "tove", "detached": experts[:1]})
+    rows.append({"name": "tove-detached", "of": "tove", "detached": experts})
+    # ToVE's random CLIP has nothing to keep; the trained towers begin close to where they shall end.
+    merge("tove-merged", "tove", 1.0)
+    merge("teacher-merged", "teacher", 0.1)
+    merge("hawaii-merged", "hawaii", 0.1)
+    return {"baseline": "plain", "seeds": (1, 2) if arguments.smoke else (1, 2, 3), "rows": rows, "orders": ORDERS}

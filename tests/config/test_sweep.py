@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from tove_jax.config import Config, thaw
-from tove_jax.config.schema import AdapterConfig
-from tove_jax.config.sweep import check, from_sweep_file, settings_of
+from tove_jax.config.derive import MERGE_GROUPS
+from tove_jax.config.schema import AdapterConfig, MergeConfig, ToVEConfig
+from tove_jax.config.sweep import Order, check, from_sweep_file, settings_of
 from tove_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -17,8 +19,18 @@ METHODS = str(ROOT / "configs/sweeps/methods.py")
 def row(name, against=None, **changes):
     config = thaw(Config())
     for path, value in changes.items():
-        config.update_from_flattened_dict({path.replace("__", "."): value})
+        if isinstance(value, ConfigDict):
+            config[path] = value
+        else:
+            config.update_from_flattened_dict({path.replace("__", "."): value})
     return {"name": name, "config": config} | ({} if against is None else {"against": against})
+
+
+def derived(name, of, **fields):
+    return {"name": name, "of": of} | fields
+
+
+TOVE = {"method": ConfigDict(dataclasses.asdict(ToVEConfig()))}
 
 
 def sweep(*rows, **changes):
@@ -53,11 +65,53 @@ def test_rows_are_frozen_and_know_what_they_add_to():
         (sweep(row("a"), row("b", data__limit=9)), "row 'b': config.data: expected what row 'a' has"),
         (sweep(row("a"), row("b", student__width=64)), "config.student.width: expected what row 'a' has, 1024"),
         (sweep(row("a"), row("b", features__experts=("hed:112",))), "expected 'hed' as in row 'a'"),
+        (sweep(row("a"), derived("b", "c", detached=["hed"])), "row 'b': of: no row 'c' above it"),
+        (sweep(row("a"), derived("b", "b", merge={})), "row 'b': of: no row 'b' above it"),
+        (sweep(row("a"), derived("b", "a", merge={}), derived("c", "b", merge={})), "'b' is derived of 'a'"),
+        (sweep(row("a"), derived("b", "a")), "expected either detached or merge"),
+        (sweep(row("a"), derived("b", "a", detached=["hed"], merge={})), "expected either detached or merge"),
+        (sweep(row("a"), derived("b", "a", detached=["hed"])), "of 'a': detached: expected a run of ToVE"),
+        (sweep(row("a", **TOVE), derived("b", "a", detached=[])), "detached: expected names of experts"),
+        (sweep(row("a", **TOVE), derived("b", "a", detached=["head"])), "'head' is not attached"),
+        (sweep(row("a"), derived("b", "a", merge={"losss": "mse"})), r"config.method.losss: no such field"),
+        (sweep(row("a"), derived("b", "a", merge={"source": "x"})), "merge.source: is that of row 'a'"),
+        (sweep(row("a"), derived("b", "a", merge={}, settings={"data.limit": 3})), "expected train.FIELD or optim"),
+        (sweep(row("a"), derived("b", "a", merge={}, settings={"train.stpes": 3})), "config.train.stpes: no such"),
+        (sweep(row("a"), derived("b", "a", merge={}) | {"config": Config()}), r"rows\[1\].config: no such field"),
+        (sweep(row("a"), row("b"), orders=[("a", "c")]), r"orders\[0\]: no row 'c'"),
+        (sweep(row("a"), orders=[("a", "a")]), "expected two rows, found 'a' twice"),
+        (sweep(row("a"), orders=[("a",)]), r"orders\[0\]: expected \(worse row"),
     ],
 )
 def test_a_wrong_sweep_is_named(values, message):
     with pytest.raises(InputError, match=message):
         check(values, "file")
+
+
+def test_derived_rows_have_the_settings_that_follow():
+    settings = {"train.steps": 7, "optim.groups": (("student/.*", 1.0), ("teacher/.*", None))}
+    found = check(
+        sweep(
+            row("a", **TOVE),
+            derived("b", "a", detached=["hed"]),
+            derived("c", "a", merge={"loss": "cosine"}, settings=settings),
+            derived("d", "a", merge={}, against="b"),
+            orders=[("b", "a", "a table"), ("c", "a")],
+        ),
+        "file",
+    )
+    a, b, c, d = found.rows
+    assert [(one.of, one.against, one.detached) for one in found.rows] == [
+        ("", "", ()), ("a", "a", ("hed",)), ("a", "a", ()), ("a", "b", ()),
+    ]  # fmt: skip
+    assert b.config.method.attached == ("clip", "efficientnet_lite0", "pp_ocr_det") and not b.config.method.attach_all
+    assert isinstance(c.config.method, MergeConfig) and c.config.method.loss == "cosine"
+    assert c.config.method.source_method == a.config.method and c.config.train.steps == 7
+    assert c.config.method.text_weight == a.config.method.text_weight and c.config.optim.groups[0][1] == 1.0
+    assert d.config.optim.groups == MERGE_GROUPS
+    assert found.orders == (Order("b", "a", "a table"), Order("c", "a"))
+    part = found.only(["b"])
+    assert [one.name for one in part.rows] == ["a", "b"] and part.orders == (Order("b", "a", "a table"),)
 
 
 def test_a_field_that_the_schema_lacks_is_named():
@@ -93,7 +147,13 @@ def test_files_that_are_not_sweeps(tmp_path):
 def test_the_ablation_adds_one_thing_a_row():
     found = from_sweep_file(METHODS)
     rows = {one.name: one.config for one in found.rows}
-    assert list(rows) == "plain adapter mole token teacher prior fine fine+score hawaii tove".split()
+    assert (
+        list(rows)
+        == (
+            "plain adapter mole token teacher prior fine fine+score hawaii "
+            "tove tove-one tove-detached tove-merged teacher-merged hawaii-merged"
+        ).split()
+    )
     assert (found.baseline, found.seeds) == ("plain", (1, 2, 3))
 
     def changed(name):
@@ -126,6 +186,9 @@ def test_the_ablation_adds_one_thing_a_row():
         .rows[0]
         .config.method
     )
+    assert rows["tove-detached"].method.attached == () and len(rows["tove-one"].method.attached) == 2
+    assert {rows[name].method.name for name in rows if name.endswith("merged")} == {"merge"}
+    assert rows["hawaii-merged"].method.source_adapter == rows["hawaii"].student.adapter
     assert rows["tove"].student.adapter == dataclasses.replace(AdapterConfig(kind="none"))
 
 

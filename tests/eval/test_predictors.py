@@ -140,15 +140,14 @@ def test_experts_give_their_summary_or_their_mean_patch(source):
         np.testing.assert_allclose(bare([4, 1]), patches[[4, 1]].mean(axis=(1, 2)), rtol=1e-5)
 
 
-def test_every_predictor_has_its_name_and_clip_is_pooled_like_the_start(params, views, source, tokens):
+def test_every_reference_has_its_name_and_clip_is_pooled_like_the_start(params, views, source):
     patches, summary = np.ones((10, 2, 2, 12), np.float32), np.zeros((10, 12), np.float32)
     stores = {"clip": Store(patches, summary), "other": Store(patches, summary)}
-    student = predictors.pooled(tokens, "mean")
-    found = predictors.build_predictors(CONFIG, params, student, views, source, stores)
-    assert list(found) == ["pixels", "init", "student", "clip", "other"]
+    found = predictors.reference_predictors(CONFIG, params, views, source, stores)
+    assert list(found) == ["pixels", "init", "clip", "other"]
     assert found["clip"]([0]).mean() == 1 and found["other"]([0]).mean() == 0
     cls = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, pool="cls"))
-    assert predictors.build_predictors(cls, params, student, views, source, stores)["clip"]([0]).mean() == 0
+    assert predictors.reference_predictors(cls, params, views, source, stores)["clip"]([0]).mean() == 0
 
 
 def test_feature_errors_by_their_definition(params, source, tokens):

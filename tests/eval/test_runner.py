@@ -72,6 +72,23 @@ def test_batches_and_repeats(problem, result):
     assert runner.evaluate(*problem[:4], CONFIG) == result.metrics
 
 
+def test_what_was_scored_before_is_compared_with_and_not_run_again(problem, result):
+    predictors, *rest, calls = problem
+    shared = runner.score({name: predictors[name] for name in ("pixels", "init", "perfect")}, *rest, CONFIG)
+    calls.clear()
+    alone = runner.score({"student": predictors["student"]}, *rest, CONFIG, shared.scored)
+    assert sum(calls) == 90 + 55
+    # Together they say all that one evaluation says, and nothing twice.
+    both = {"eval/majority", "eval/classes", "eval/pictures/train", "eval/pictures/held_out"}
+    assert set(alone.metrics) & set(shared.metrics) == both
+    assert alone.metrics | shared.metrics == result.metrics
+    assert alone.predictions["knn"] == {"student": result.predictions["knn"]["student"]}
+    assert shared.scored["pixels"].gallery is None and shared.scored["init"].gallery.shape == (90, 6)
+    with pytest.raises(InputError, match="init was scored on other pictures than these 10"):
+        labels = [*rest[0][:105], *[None] * 50, *rest[0][155:]]
+        runner.score({"student": predictors["student"]}, labels, *rest[1:], CONFIG, {"init": shared.scored["init"]})
+
+
 def test_table_lists_each_network_once(result):
     text = runner.table(result.metrics)
     assert runner.accuracy_names(result.metrics) == ["pixels", "init", "student", "perfect"]

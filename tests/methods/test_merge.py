@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tove_jax import methods
+from tove_jax.config.derive import MERGE_GROUPS
 from tove_jax.config.schema import (
     AdapterConfig,
     Config,
@@ -171,7 +172,7 @@ def test_gradients_reach_the_student_alone_and_each_of_its_leaves(kind, changes)
     exact = {path for path in slopes if path.startswith("student/") and "key/bias" not in path}
     for path, slope in slopes.items():
         assert bool(np.any(slope)) == (path in exact) or "key/bias" in path, path
-    first_match(merge.GROUPS, flatten(params), "groups")
+    first_match(MERGE_GROUPS, flatten(params), "groups")
     logical_specs(flatten(params), logical_axes(config), "logical axes")
 
 

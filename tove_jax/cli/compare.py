@@ -15,17 +15,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="Only these rows.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="In place of the file's seeds.")
     parser.add_argument("--no-train", action="store_true", help="Only compare the runs that are done.")
+    parser.add_argument("--dry-run", action="store_true", help="List the runs and which are done; write nothing.")
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains and judges what is not done, prints the table and writes table and plot."""
     from tove_jax.config.sweep import from_sweep_file
-    from tove_jax.eval.compare import collect, run_sweep, table
+    from tove_jax.eval.compare import run_sweep, states
+    from tove_jax.eval.compare_table import runs_table, table
+    from tove_jax.eval.comparison import collect
     from tove_jax.files.atomic import atomic_write_bytes
     from tove_jax.report.compare import draw
 
     sweep = from_sweep_file(args.sweep).only(args.rows, args.seeds)
+    if args.dry_run:
+        print(runs_table(states(sweep, args.workdir)))
+        return 0
     if not args.no_train and (status := run_sweep(sweep, args.workdir, progress=not args.quiet)):
         return status
     result = collect(sweep, args.workdir)

@@ -11,8 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tove_jax.config.derive import MERGE_SOURCE_FIELDS, detach, merged
 from tove_jax.config.door import freeze
-from tove_jax.config.schema import Config
+from tove_jax.config.schema import Config, MergeConfig
 from tove_jax.errors import InputError, nearest
 
 #: Settings that every row has alike: then start, features and held-out pictures are the same, and rows can be paired.
@@ -21,6 +22,7 @@ SHARED = (
     "eval",
     "features.path",
     "features.codec",
+    "features.views",
     "student.initialize",
     "student.image_size",
     "student.patch_size",
@@ -42,12 +44,33 @@ class Row:
     Attributes:
       name: also the name of its folder.
       config: the settings; each run has the sweep's seed in place of ``train.seed``.
-      against: name of the row it adds something to; of the baseline unless the file says; empty for the baseline.
+      against: name of the row it adds something to; of the baseline unless the file says, of a derived row the
+        one it is made of; empty for the baseline.
+      of: name of the row whose trained runs a derived row takes, seed by seed; empty for a row of its own.
+      detached: experts that a derived row leaves out when it is judged. A derived row without them is a merge:
+        its own short training distils the run into a plain tower.
     """
 
     name: str
     config: Config
     against: str
+    of: str = ""
+    detached: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """An order that a paper reports.
+
+    Attributes:
+      below: name of the row that it found worse.
+      above: name of the row that it found better.
+      source: where it says so.
+    """
+
+    below: str
+    above: str
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +81,19 @@ class Sweep:
       rows: in the order of the table.
       seeds: of every row.
       baseline: name of the row that all others are compared with.
+      orders: what the papers found, to be held against what is found.
     """
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     baseline: str
+    orders: tuple[Order, ...] = ()
 
     def only(self, rows: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:
         """Returns a part of the sweep.
 
         Args:
-          rows: names of the rows that stay; all when empty.
+          rows: names of the rows that stay, with those they are derived of; all when empty.
           seeds: in place of the sweep's own; those when empty.
 
         Raises:
@@ -78,8 +103,11 @@ class Sweep:
         for name in rows:
             if name not in names:
                 raise InputError(f"--rows: no row '{name}'{nearest(name, names)}; rows: {', '.join(names)}")
-        kept = tuple(row for row in self.rows if not rows or row.name in rows)
-        return dataclasses.replace(self, rows=kept, seeds=_seeds(seeds or self.seeds, "--seeds"))
+        wanted = {*rows, *(row.of for row in self.rows if row.name in rows)}
+        kept = tuple(row for row in self.rows if not rows or row.name in wanted)
+        names = [row.name for row in kept]
+        orders = tuple(order for order in self.orders if order.below in names and order.above in names)
+        return dataclasses.replace(self, rows=kept, seeds=_seeds(seeds or self.seeds, "--seeds"), orders=orders)
 
 
 def from_sweep_file(path: str) -> Sweep:
@@ -111,40 +139,108 @@ def check(values: Any, where: str) -> Sweep:
     """Checks a sweep and freezes its settings.
 
     Args:
-      values: ``{"baseline": name, "seeds": (1, 2, ...), "rows": [{"name": ..., "config": ConfigDict,
-        "against": name of a row above, may be left out}, ...]}``.
+      values: ``{"baseline": name, "seeds": (1, 2, ...), "rows": [...], "orders": [...]}``. A row is ``{"name":
+        ..., "config": ConfigDict, "against": name of a row above, may be left out}``, or derived of one above:
+        ``{"name": ..., "of": name, "detached": names of experts}``, or ``{"name": ..., "of": name, "merge":
+        fields of MergeConfig, "settings": {"train.steps": ..., "optim.lr": ...}}`` (also may be left out). An
+        order is ``(worse row, better row, where the paper says so)``; ``orders`` may be left out.
       where: the file, for errors.
 
     Raises:
-      InputError: an unknown or missing field, a name twice or unfit for a folder, an unknown baseline or
-        ``against``, settings that the schema refuses, or rows that differ in a field of `SHARED`, or in the
-        size they give an expert.
+      InputError: an unknown or missing field, a name twice or unfit for a folder, an unknown baseline,
+        ``against``, ``of`` or row of an order, settings that the schema refuses, or rows that differ in a field
+        of `SHARED`, or in the size they give an expert.
     """
-    _fields(values, ("baseline", "seeds", "rows"), (), where)
+    _fields(values, ("baseline", "seeds", "rows"), ("orders",), where)
     if not isinstance(values["rows"], (list, tuple)) or not values["rows"]:
         raise InputError(f"{where}: rows: expected a list of rows, found {values['rows']!r}")
     baseline = values["baseline"]
     rows: list[Row] = []
     for number, given in enumerate(values["rows"]):
-        _fields(given, ("name", "config"), ("against",), f"{where}: rows[{number}]")
+        place = f"{where}: rows[{number}]"
+        derived = isinstance(given, (Mapping, ConfigDict)) and "of" in given
+        if derived:
+            _fields(given, ("name", "of"), ("against", "detached", "merge", "settings"), place)
+        else:
+            _fields(given, ("name", "config"), ("against",), place)
         name, names = given["name"], [row.name for row in rows]
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
-            raise InputError(
-                f"{where}: rows[{number}].name: expected letters, digits, '.', '_', '+' or '-', found {name!r}"
-            )
+            raise InputError(f"{place}.name: expected letters, digits, '.', '_', '+' or '-', found {name!r}")
         if name.lower() in (one.lower() for one in names):
-            raise InputError(f"{where}: rows[{number}].name: '{name}' is there twice")
-        against = given.get("against", "" if name == baseline else baseline)
+            raise InputError(f"{place}.name: '{name}' is there twice")
+        usual = given["of"] if derived else "" if name == baseline else baseline
+        against = given.get("against", usual)
         if against and against != baseline and against not in names:
+            field = "of" if derived and against == given["of"] else "against"
             raise InputError(
-                f"{where}: row '{name}': against: no row '{against}' above it{nearest(str(against), names)}"
+                f"{where}: row '{name}': {field}: no row '{against}' above it{nearest(str(against), names)}"
             )
-        rows.append(Row(name, freeze(given["config"], where=f"{where}: row '{name}': config"), against))
-    if baseline not in (row.name for row in rows):
-        close = nearest(str(baseline), [row.name for row in rows])
-        raise InputError(f"{where}: baseline: no row {baseline!r}{close}")
+        if derived:
+            rows.append(_derived(given, against, rows, f"{where}: row '{name}'"))
+        else:
+            rows.append(Row(name, freeze(given["config"], where=f"{where}: row '{name}': config"), against))
+    names = [row.name for row in rows]
+    if baseline not in names:
+        raise InputError(f"{where}: baseline: no row {baseline!r}{nearest(str(baseline), names)}")
     _check_shared(rows, where)
-    return Sweep(tuple(rows), _seeds(values["seeds"], f"{where}: seeds"), baseline)
+    orders = _orders(values.get("orders", ()), names, where)
+    return Sweep(tuple(rows), _seeds(values["seeds"], f"{where}: seeds"), baseline, orders)
+
+
+def _derived(given: Mapping[str, Any], against: str, rows: Sequence[Row], where: str) -> Row:
+    """Returns a row made of a row above it, whose runs it takes."""
+    of = next((row for row in rows if row.name == given["of"]), None)
+    if of is None:
+        names = [row.name for row in rows]
+        raise InputError(f"{where}: of: no row {given['of']!r} above it{nearest(str(given['of']), names)}")
+    if of.of:
+        raise InputError(f"{where}: of: expected a row with a training of its own, '{of.name}' is derived of '{of.of}'")
+    if ("detached" in given) == ("merge" in given):
+        raise InputError(f"{where}: expected either detached or merge beside of, found {', '.join(sorted(given))}")
+    if "detached" in given:
+        names = given["detached"]
+        if not isinstance(names, (list, tuple)) or not names or "settings" in given:
+            raise InputError(f"{where}: detached: expected names of experts and no settings, found {names!r}")
+        try:
+            return Row(given["name"], detach(of.config, names), against, of.name, tuple(names))
+        except InputError as error:
+            raise InputError(f"{where}: of '{of.name}': {error}") from None
+    if isinstance(of.config.method, MergeConfig):
+        raise InputError(f"{where}: of: '{of.name}' is merged already")
+    values = dataclasses.asdict(merged(of.config))
+    for name, value in _mapping(given["merge"], f"{where}: merge").items():
+        if name in MERGE_SOURCE_FIELDS:
+            raise InputError(f"{where}: merge.{name}: is that of row '{of.name}', expected to be left out")
+        values["method"][name] = value
+    for path, value in _mapping(given.get("settings", {}), f"{where}: settings").items():
+        section, _, name = path.partition(".")
+        if section not in ("train", "optim") or not name:
+            raise InputError(f"{where}: settings: expected train.FIELD or optim.FIELD, found {path!r}")
+        values[section][name] = value
+    return Row(given["name"], freeze(values, where=f"{where}: config"), against, of.name)
+
+
+def _mapping(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, (Mapping, ConfigDict)):
+        raise InputError(f"{where}: expected a mapping of fields, found {values!r}")
+    return values
+
+
+def _orders(values: Any, names: Sequence[str], where: str) -> tuple[Order, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise InputError(f"{where}: orders: expected a list of pairs, found {values!r}")
+    orders = []
+    for number, given in enumerate(values):
+        text = isinstance(given, (list, tuple)) and all(isinstance(word, str) for word in given)
+        if not text or len(given) not in (2, 3):
+            raise InputError(f"{where}: orders[{number}]: expected (worse row, better row, source), found {given!r}")
+        for name in given[:2]:
+            if name not in names:
+                raise InputError(f"{where}: orders[{number}]: no row '{name}'{nearest(name, names)}")
+        if given[0] == given[1]:
+            raise InputError(f"{where}: orders[{number}]: expected two rows, found '{given[0]}' twice")
+        orders.append(Order(*given))
+    return tuple(orders)
 
 
 def _fields(values: Any, needed: Sequence[str], optional: Sequence[str], where: str) -> None:

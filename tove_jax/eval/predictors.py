@@ -194,15 +194,10 @@ def expert_predictor(store: FeatureStore, source: PictureSource, *, use_summary:
     return predict
 
 
-def build_predictors(
-    config: Config,
-    start: Any,
-    student: Predictor,
-    views: Views,
-    source: PictureSource,
-    stores: Mapping[str, FeatureStore],
+def reference_predictors(
+    config: Config, start: Any, views: Views, source: PictureSource, stores: Mapping[str, FeatureStore]
 ) -> dict[str, Predictor]:
-    """Returns every predictor of a run, by the names the runner knows.
+    """Returns every predictor of a run but the student, by the names the runner knows.
 
     The CLIP expert is the same network as the start, so it is pooled as ``eval.pool`` says, not by
     its summary: the two agree but for the store's rounding.
@@ -210,7 +205,6 @@ def build_predictors(
     Args:
       config: the run's settings.
       start: the start's parameters, a plain CLIP tree.
-      student: the trained student's picture feature.
       views: the pictures.
       source: the pictures' ids.
       stores: of each expert.
@@ -219,7 +213,6 @@ def build_predictors(
     predictors = {
         "pixels": pixels_predictor(views),
         "init": pooled(encoder(config, start, views, adapters=False), pool),
-        "student": student,
     }
     for name, store in stores.items():
         summary = pool == "cls" if name == "clip" else True

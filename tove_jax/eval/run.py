@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tove_jax import methods
+from tove_jax.config.derive import attached_experts, detach
 from tove_jax.config.schema import Config, MergeConfig
+from tove_jax.data.picture import PictureSource
 from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, merge, predictors, runner
 from tove_jax.experts.run import open_stores
@@ -43,7 +45,51 @@ def with_stored_settings(stored: Config, config: Config | None) -> Config:
     )
 
 
-def evaluate_run(config: Config | None, workdir: Path | str, *, step: int | None = None) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """What all runs of one comparison share: pictures, their cut views, and everyone judged but the students.
+
+    Attributes:
+      source: the pictures.
+      train: numbers of the training pictures.
+      held_out: numbers of the judged ones.
+      views: the student's view of them.
+      references: pixels, the start and the experts, scored once.
+      metrics: their numbers, as `runner.score` names them.
+    """
+
+    source: PictureSource
+    train: list[int]
+    held_out: list[int]
+    views: predictors.Views
+    references: Mapping[str, runner.Scored]
+    metrics: Mapping[str, float]
+
+
+def prepare_ground(config: Config, workdir: Path | str) -> Ground:
+    """Judges all that runs with the same pictures, start and experts have in common.
+
+    Args:
+      config: gives pictures, evaluation, the student's view and shape, the start, and the experts.
+      workdir: where features and start lie unless the settings say.
+    """
+    workdir = Path(workdir)
+    source, train, held_out = predictors.run_folder_source(config)
+    views = predictors.views_of(config, source)
+    start = start_parameters(config, workdir)
+    functions = predictors.reference_predictors(config, start, views, source, open_stores(config, workdir))
+    found = runner.score(functions, source.labels, train, held_out, config.eval)
+    return Ground(source, train, held_out, views, found.scored, found.metrics)
+
+
+def evaluate_run(
+    config: Config | None,
+    workdir: Path | str,
+    *,
+    step: int | None = None,
+    run: Path | str | None = None,
+    ground: Ground | None = None,
+) -> dict[str, float]:
     """Evaluates a run's checkpoint.
 
     Writes ``eval/`` metrics into ``<workdir>/metrics.json``, where other metrics stay, and every
@@ -53,6 +99,9 @@ def evaluate_run(config: Config | None, workdir: Path | str, *, step: int | None
       config: evaluation settings and places, see `with_stored_settings`; None: those of the run.
       workdir: the run's folder.
       step: a saved step; the newest when None.
+      run: folder of the checkpoint, when that is not `workdir`. A ToVE run is then judged with the experts
+        attached that `config` names, and the others detached.
+      ground: what was judged before. Then only the student runs, and its numbers alone are written.
 
     Returns:
       The metrics of `runner.evaluate`, ``eval/feature_error/{expert}`` and ``eval/step``; of a merge also
@@ -62,20 +111,28 @@ def evaluate_run(config: Config | None, workdir: Path | str, *, step: int | None
       InputError: no checkpoint, no features, or pictures without labels.
     """
     workdir = Path(workdir)
-    stored, params, provenance = load_student(workdir, step)
+    stored, params, provenance = load_student(Path(run or workdir), step)
+    if run is not None and config is not None and (attached := attached_experts(stored)):
+        stored = detach(stored, [name for name in attached if name not in attached_experts(config)])
     config = with_stored_settings(stored, config)
-    source, train, held_out = predictors.run_folder_source(config)
     stores = open_stores(config, workdir, only=methods.get(config.method.name).training_experts(config))
-    views = predictors.views_of(config, source)
+    if ground is None:
+        source, train, held_out = predictors.run_folder_source(config)
+        views = predictors.views_of(config, source)
+        functions = predictors.reference_predictors(config, start_parameters(config, workdir), views, source, stores)
+    else:
+        source, train, held_out, views = ground.source, ground.train, ground.held_out, ground.views
+        functions = {}
     patches = predictors.deployed(config, params, views, source, stores)
-    student = predictors.student_predictor(config, params["student"], views, patches)
-    start = start_parameters(config, workdir)
-    functions = predictors.build_predictors(config, start, student, views, source, stores)
+    functions["student"] = predictors.student_predictor(config, params["student"], views, patches)
     lost: dict[str, float] = {}
     if isinstance(config.method, MergeConfig):
-        target, functions["source"] = merge.source_tokens(config, params["teacher"], views, source, stores)
+        target, predictor = merge.source_tokens(config, params["teacher"], views, source, stores)
+        if ground is None:
+            functions["source"] = predictor
         lost = merge.token_errors(config, params["teacher"], views, patches, target, held_out)
-    found = runner.score(functions, source.labels, train, held_out, config.eval)
+    references = None if ground is None else ground.references
+    found = runner.score(functions, source.labels, train, held_out, config.eval, references)
     metrics = dict(found.metrics)
     errors = predictors.feature_errors(config, params.get("method", {}), patches, source, stores, held_out)
     metrics.update({f"eval/feature_error/{name}": value for name, value in errors.items()})

@@ -12,10 +12,27 @@ from tove_jax.config.schema import EvalConfig
 from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, feature_error, knn, probe
 
+TASKS = ("knn", "probe")
+
 Predictor = Callable[[list[int]], np.ndarray]
 
 #: Predictors that are not experts.
 REFERENCES = ("pixels", "init", "student", "source")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One predictor's features and answers, as another evaluation of the same pictures can use them again.
+
+    Attributes:
+      gallery: float32 (training pictures, D), or None where nothing is compared with the features themselves.
+      queries: float32 (held-out pictures, D), or None.
+      answers: task to the class number of each held-out picture.
+    """
+
+    gallery: np.ndarray | None
+    queries: np.ndarray | None
+    answers: Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +45,7 @@ class Evaluation:
       held_out: numbers of the judged pictures.
       truth: label of each of them.
       predictions: ``{"knn" | "probe": {predictor: label of each}}``.
+      scored: of each predictor that ran.
     """
 
     metrics: dict[str, float]
@@ -35,6 +53,7 @@ class Evaluation:
     held_out: tuple[int, ...]
     truth: tuple[str, ...]
     predictions: dict[str, dict[str, tuple[str, ...]]]
+    scored: dict[str, Scored]
 
 
 def run_predictor(name: str, predictor: Predictor, indices: Sequence[int], batch: int) -> np.ndarray:
@@ -78,8 +97,22 @@ def score(
     train_indices: Sequence[int],
     held_out_indices: Sequence[int],
     config: EvalConfig,
+    known: Mapping[str, Scored] | None = None,
 ) -> Evaluation:
-    """As `evaluate`, and keeps every single answer."""
+    """As `evaluate`, and keeps every single answer.
+
+    Args:
+      predictors: these run.
+      labels: as in `evaluate`.
+      train_indices: as in `evaluate`.
+      held_out_indices: as in `evaluate`.
+      config: as in `evaluate`.
+      known: further predictors, scored before on the same pictures with the same settings: they do not run and
+        get no accuracies here, but what runs is compared with them.
+
+    Raises:
+      InputError: as in `evaluate`, or a known predictor with another number of answers.
+    """
     train = _labelled(labels, train_indices, "training")
     held_out = _labelled(labels, held_out_indices, "held-out")
     if overlap := set(train) & set(held_out):
@@ -90,9 +123,10 @@ def score(
     truth = np.array([number[str(labels[index])] for index in held_out])
 
     metrics: dict[str, float] = {}
-    right: dict[tuple[str, str], np.ndarray] = {}
-    answers: dict[str, dict[str, tuple[str, ...]]] = {"knn": {}, "probe": {}}
-    features: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    everyone = dict(known or {})
+    for name, scored in everyone.items():
+        if any(len(answers) != len(truth) for answers in scored.answers.values()):
+            raise InputError(f"evaluation: {name} was scored on other pictures than these {len(truth)}")
 
     def record(name: str, interval: bootstrap.Interval) -> None:
         metrics[name] = interval.mean
@@ -103,35 +137,53 @@ def score(
     for name, predictor in predictors.items():
         gallery = run_predictor(name, predictor, train, config.batch)
         queries = run_predictor(name, predictor, held_out, config.batch)
-        if name != "pixels":
-            features[name] = gallery, queries
-        for task in ("knn", "probe"):
-            if task == "knn":
-                answer = knn.classify(gallery, train_labels, queries, config.neighbours)
-            else:
-                answer = probe.fit(gallery, train_labels, config.probe_l2).predict(queries)
-            right[task, name] = answer == truth
-            answers[task][name] = tuple(classes[number] for number in answer)
-            record(f"eval/{task}/{name}", bootstrap.bootstrap_mean(right[task, name], config.resamples))
+        answers = {
+            "knn": knn.classify(gallery, train_labels, queries, config.neighbours),
+            "probe": probe.fit(gallery, train_labels, config.probe_l2).predict(queries),
+        }
+        for task, answer in answers.items():
+            record(f"eval/{task}/{name}", bootstrap.bootstrap_mean(answer == truth, config.resamples))
+        # Raw pixels are many numbers, and nothing is guessed from them.
+        if name == "pixels":
+            everyone[name] = Scored(None, None, answers)
+        else:
+            everyone[name] = Scored(gallery, queries, answers)
 
-    for task in ("knn", "probe"):
+    for task in TASKS if "student" in predictors else ():
+        ours = everyone["student"].answers[task] == truth
         for other in ("init", "pixels", "source"):
-            if (task, "student") in right and (task, other) in right:
-                difference = bootstrap.paired_difference(right[task, "student"], right[task, other], config.resamples)
+            if other in everyone:
+                theirs = everyone[other].answers[task] == truth
+                difference = bootstrap.paired_difference(ours, theirs, config.resamples)
                 record(f"eval/{task}/student_minus_{other}", difference)
-    for expert in predictors:
-        if expert in REFERENCES:
-            continue
-        for name in ("init", "student"):
-            if name in features:
-                metrics[f"eval/linear_error/{name}/{expert}"] = feature_error.linear_error(
-                    features[name][0], features[expert][0], features[name][1], features[expert][1]
-                )
+    for expert, target in everyone.items():
+        for name in ("init", "student") if expert not in REFERENCES else ():
+            if name not in everyone or not (name in predictors or expert in predictors):
+                continue
+            guess = everyone[name]
+            metrics[f"eval/linear_error/{name}/{expert}"] = feature_error.linear_error(
+                _there(guess.gallery), _there(target.gallery), _there(guess.queries), _there(target.queries)
+            )
     metrics["eval/majority"] = float((truth == np.bincount(train_labels).argmax()).mean())
     metrics["eval/pictures/train"] = len(train)
     metrics["eval/pictures/held_out"] = len(held_out)
     metrics["eval/classes"] = len(classes)
-    return Evaluation(metrics, classes, tuple(held_out), tuple(classes[number] for number in truth), answers)
+    return Evaluation(
+        metrics,
+        classes,
+        tuple(held_out),
+        tuple(classes[number] for number in truth),
+        {
+            task: {name: tuple(classes[answer] for answer in everyone[name].answers[task]) for name in predictors}
+            for task in TASKS
+        },
+        {name: everyone[name] for name in predictors},
+    )
+
+
+def _there(values: np.ndarray | None) -> np.ndarray:
+    assert values is not None, "only raw pixels are kept without features, and they are no expert"
+    return values
 
 
 def evaluate(

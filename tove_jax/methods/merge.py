@@ -42,9 +42,6 @@ from tove_jax.models.vit import VisionTransformer, encode
 
 SOURCES = {"move_kd": move_kd, "hawaii": hawaii, "tove": tove}
 
-# A tenth of the learning rate: the tower begins close to where it shall end. [choice of ours]
-GROUPS: tuple[tuple[str, float | None], ...] = (("student/.*", 0.1), ("teacher/.*", None))
-
 LOGICAL_AXES = (
     (r"student/layers/attention/(query|key|value)/a_kernel", ("layers", "embed", "rank")),
     (r"student/layers/attention/(query|key|value)/b_kernel", ("layers", "rank", "heads")),

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from tove_jax.config.schema import AdapterConfig, Config, MergeConfig, ToVEConfig
+from tove_jax.config.derive import merged
+from tove_jax.config.schema import Config, MergeConfig, ToVEConfig
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
 from tove_jax.files.weights import hash_arrays
-from tove_jax.methods import merge
 from tove_jax.train.checkpoint import load_settings, load_student
 from tove_jax.train.state import flatten
 
@@ -24,7 +24,7 @@ def merge_settings(run: Path | str, step: int | None = None) -> Config:
     """Returns the settings that merge a finished run into a plain tower.
 
     Pictures, features, optimiser and loop are those of the run; the tower trains with a tenth of the learning
-    rate (`tove_jax.methods.merge.GROUPS`), and a ToVE run's text loss stays.
+    rate (`tove_jax.config.derive.MERGE_GROUPS`), and a ToVE run's text loss stays.
 
     Args:
       run: the run's folder.
@@ -38,22 +38,12 @@ def merge_settings(run: Path | str, step: int | None = None) -> Config:
     _require_finished(stored, provenance["step"], run, step)
     if isinstance(stored.method, MergeConfig):
         raise InputError(f"{run}: expected a run with experts or adapters to merge, found one that is merged already")
-    student, features = stored.student, stored.features
-    method = MergeConfig(
-        source=str(run),
-        source_step=step or 0,
-        source_method=stored.method,
-        source_adapter=student.adapter,
-        text_weight=stored.method.text_weight if isinstance(stored.method, ToVEConfig) else 0.0,
-    )
-    plain = AdapterConfig(kind="none")
+    settings, features = merged(stored, source=str(run), step=step or 0), stored.features
     return dataclasses.replace(
-        stored,
+        settings,
         title=f"{stored.title or run.name}_merged",
-        student=dataclasses.replace(student, adapter=plain, initialize=student.initialize or str(run / "start")),
-        method=method,
+        student=dataclasses.replace(settings.student, initialize=settings.student.initialize or str(run / "start")),
         features=dataclasses.replace(features, path=features.path or str(run / "features")),
-        optim=dataclasses.replace(stored.optim, groups=merge.GROUPS),
     )
 
 
