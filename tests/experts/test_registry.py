@@ -39,7 +39,7 @@ def mean_colour(*, weights=None, size: int | None = None, gain: float = 1.0) -> 
 
 def test_cards_name_what_they_describe() -> None:
     cards = registry.cards()
-    assert list(cards) == ["clip", *REAL]
+    assert list(cards)[: 1 + len(REAL)] == ["clip", *REAL]
     for name, card in cards.items():
         assert card.name == name
         for field in ("title", "paper", "weights", "licence", "checked_against"):
