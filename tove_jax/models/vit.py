@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from tove_jax.errors import InputError
 from tove_jax.models import block as blocks
 from tove_jax.models.attention import Implementation
 from tove_jax.models.block import TOKENS, Block, PatchEmbed, layer_norm, stacked_init
+from tove_jax.models.stack import parse, run_stack
 from tove_jax.parallel import constrain
 
 LOGICAL_AXES = (
@@ -26,8 +25,6 @@ LOGICAL_AXES = (
     *blocks.LOGICAL_AXES,
 )
 
-UNROLLED = 4  # Runs of at most this many layers are unrolled: 10 % faster on CPU, and quicker to compile.
-
 
 def logical_axes() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
     """Returns first-match rules from parameter paths to logical axis names, a name a dimension.
@@ -35,17 +32,6 @@ def logical_axes() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
     They cover the student, its adapters and the method's encoder adapters, under any prefix.
     """
     return LOGICAL_AXES + mole.LOGICAL_AXES + mola.LOGICAL_AXES + encoder_adapter.LOGICAL_AXES
-
-
-@dataclasses.dataclass(frozen=True)
-class _Requests:
-    """What was asked for, by layer."""
-
-    outputs: dict[int, list[str]]
-    rows: dict[int, dict[str, list[str]]]
-    reports: frozenset[str]
-    embeddings: bool
-    pooled: bool
 
 
 class VisionTransformer(nn.Module):
@@ -136,8 +122,10 @@ class VisionTransformer(nn.Module):
         size, depth = self.image_size, self.depth
         if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise InputError(f"pixels: expected (batch, {size}, {size}, 3), found {pixels.shape}")
-        asked = _parse(intermediates, depth, self.adapter is not None)
+        asked = parse(intermediates, depth, ("embeddings", "pooled"), adapter=self.adapter is not None)
+        pooled = "pooled" in intermediates or self.is_initializing()
         x = self._embed(pixels)
+        found = {"embeddings": x}
         block = Block(
             heads=self.heads,
             mlp_width=self.mlp_width,
@@ -150,33 +138,23 @@ class VisionTransformer(nn.Module):
             parent=None,
         )
         stacked = self.param("layers", stacked_init(block, depth, jnp.zeros((1, 1, self.width), jnp.float32)))
-        found: dict[str, jax.Array] = {"embeddings": x} if asked.embeddings else {}
-        output_wanted = final or asked.pooled or self.is_initializing()
-        told: list[dict[str, jax.Array]] = []
         keys = None
         if not deterministic and self.adapter is not None:
             keys = jax.random.split(self.make_rng("dropout"), depth)
-        for start, stop in _segments(asked, depth, output_wanted, self.frozen_below):
-            params = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], stacked)
-            rows = frozenset(asked.rows.get(start, {}))
-            unroll = stop - start <= UNROLLED
-            run = self._body(block, rows, asked.reports, adapter_inputs, prevent_cse=unroll)
-            segment_keys = None if keys is None else keys[start:stop]
-            if stop - start > 1:
-                x, (_, reports) = jax.lax.scan(run, x, (params, segment_keys), unroll=unroll)
-            else:
-                x, (row, reports) = run(x, jax.tree.map(lambda leaf: leaf[0], (params, segment_keys)))
-                reports = jax.tree.map(lambda leaf: leaf[None], reports)
-                for kind, names in asked.rows.get(start, {}).items():
-                    found.update(dict.fromkeys(names, row[kind]))
-            if stop == self.frozen_below:
-                x = jax.lax.stop_gradient(x)
-            told.append(reports)
-            found.update(dict.fromkeys(asked.outputs.get(stop - 1, ()), x))
-        for report in asked.reports:
-            found[f"adapter/{report}"] = jnp.concatenate([part[report] for part in told])
+        x, told = run_stack(
+            block,
+            stacked,
+            x,
+            asked,
+            output_wanted=final or pooled,
+            inputs=adapter_inputs,
+            keys=keys,
+            remat=self.remat,
+            frozen_below=self.frozen_below,
+        )
+        found.update(told)
         post_norm = layer_norm("post_norm", self.norm_epsilon, self.dtype)
-        if asked.pooled or self.is_initializing():
+        if pooled:
             found["pooled"] = post_norm(x[:, 0])
         return (x if final else None), {name: found[name] for name in intermediates}
 
@@ -190,76 +168,6 @@ class VisionTransformer(nn.Module):
         cls = jnp.broadcast_to(class_embed.astype(self.dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([cls, x], axis=1) + position.astype(self.dtype)
         return constrain(layer_norm("pre_norm", self.norm_epsilon, self.dtype)(x), TOKENS)
-
-    def _body(
-        self, block: Block, rows: frozenset[str], reports: frozenset[str], inputs: Any, prevent_cse: bool
-    ) -> Callable[..., Any]:
-        def body(x: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, Any]:
-            params, key = layer
-            x, row, told = block.apply(
-                {"params": params},
-                x,
-                inputs,
-                rows=rows,
-                reports=reports,
-                deterministic=key is None,
-                rngs=None if key is None else {"dropout": key},
-            )
-            return x, (row, told)
-
-        if self.remat == "none":
-            return body
-        policies = jax.checkpoint_policies
-        dots = policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-        # Inside a loop nothing can be merged across iterations, so the barrier would only cost.
-        return jax.checkpoint(body, policy=dots, prevent_cse=prevent_cse)
-
-
-def _parse(names: Sequence[str], depth: int, has_adapter: bool) -> _Requests:
-    outputs: dict[int, list[str]] = {}
-    rows: dict[int, dict[str, list[str]]] = {}
-    reports = set()
-    for name in names:
-        layer = re.fullmatch(r"layers/(-?\d+)(?:/(attention_cls|attention_cls_scores))?", name)
-        if layer:
-            index = int(layer[1])
-            if not -depth <= index < depth:
-                raise InputError(f"intermediate '{name}': the encoder has {depth} layers")
-            index %= depth
-            if layer[2]:
-                rows.setdefault(index, {}).setdefault(layer[2], []).append(name)
-            else:
-                outputs.setdefault(index, []).append(name)
-        elif name.startswith("adapter/"):
-            if not has_adapter:
-                raise InputError(f"intermediate '{name}': the encoder has no adapter")
-            reports.add(name.removeprefix("adapter/"))
-        elif name not in ("embeddings", "pooled"):
-            raise InputError(
-                f"intermediate '{name}': expected embeddings, pooled, layers/<i>, layers/<i>/attention_cls, "
-                "layers/<i>/attention_cls_scores or adapter/<report>"
-            )
-    return _Requests(outputs, rows, frozenset(reports), "embeddings" in names, "pooled" in names)
-
-
-def _segments(asked: _Requests, depth: int, output_wanted: bool, edge: int = 0) -> list[tuple[int, int]]:
-    """Cuts the layers that must run into runs to scan, and layers to run alone.
-
-    A run ends where an output is wanted, and at `edge`. A layer whose attention row is wanted stands alone, and so
-    does the last one when only its router is: the compiler then drops the rest of that layer.
-    """
-    alone = set(asked.rows)
-    last = max([-1, *asked.outputs, *asked.rows])
-    if output_wanted:
-        last = depth - 1
-    elif asked.reports and last < depth - 1:
-        last = depth - 1
-        alone.add(last)
-    cuts = {0, last + 1, min(edge, last + 1)}
-    cuts.update(index + 1 for index in asked.outputs)
-    cuts.update(edge for index in alone for edge in (index, index + 1))
-    edges = sorted(cut for cut in cuts if cut <= last + 1)
-    return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 def encode(
@@ -280,7 +188,7 @@ def encode(
       key: of dropout; None: no dropout.
       adapter_inputs: see there.
     """
-    _, found = module.apply(
+    result: Any = module.apply(
         {"params": params},
         pixels,
         intermediates=tuple(names),
@@ -289,7 +197,7 @@ def encode(
         rngs=None if key is None else {"dropout": key},
         adapter_inputs=adapter_inputs,
     )
-    return found
+    return result[1]
 
 
 def from_config(config: StudentConfig, dtype: Any = jnp.float32) -> VisionTransformer:
