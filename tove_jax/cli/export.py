@@ -11,7 +11,8 @@ from tove_jax.cli.stored import of_run
 from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 
-HELP = "write the trained student as a Hugging Face folder that transformers loads"
+HELP = "write the trained student as a Hugging Face folder that transformers loads, or as MoVE-KD's released files"
+FORMATS = ("hf", "released", "released-safetensors")
 TAKES_CONFIG = True
 settings = of_run
 
@@ -20,16 +21,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     parser.add_argument("--step", type=int, help="Checkpoint to export; the newest when left out.")
     parser.add_argument("--output", type=Path, help="Target folder; `export` in the run's folder when left out.")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="hf",
+        help="`released`: MoVE-KD's mole_encoder.bin and encoder_adapter.bin (needs torch), or the same names in "
+        "safetensors; into `released` in the run's folder when --output is left out.",
+    )
+    parser.add_argument("--prefix", default="", help="`released`: put before the tower's names.")
+    parser.add_argument(
+        "--encoder-adapters", action="store_true", help="`hf`: MoVE-KD's encoder adapters too, for a further stage."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports and prints the folder."""
-    folder = export_run(args.config, args.workdir, step=args.step, output=args.output)
+    if args.format == "hf":
+        folder = export_run(
+            args.config, args.workdir, step=args.step, output=args.output, encoder_adapters=args.encoder_adapters
+        )
+    else:
+        suffix = ".bin" if args.format == "released" else ".safetensors"
+        folder = export_run_released(
+            args.workdir, step=args.step, output=args.output, suffix=suffix, prefix=args.prefix
+        )
     print(folder)
     return 0
 
 
-def export_run(config: Config | None, workdir: Path, *, step: int | None = None, output: Path | None = None) -> Path:
+def export_run_released(
+    workdir: Path, *, step: int | None = None, output: Path | None = None, suffix: str = ".bin", prefix: str = ""
+) -> Path:
+    """Exports a MoVE-KD run as the released files, see `tove_jax.hf.export.export_released`.
+
+    Args:
+      workdir: the run's folder.
+      step: checkpoint; the newest when None.
+      output: target folder; ``<workdir>/released`` when None.
+      suffix: ``.bin`` or ``.safetensors``.
+      prefix: put before the tower's names.
+
+    Returns:
+      The folder written.
+
+    Raises:
+      InputError: no checkpoint, another method's run, or the folder cannot be written.
+    """
+    from tove_jax.hf.export import export_released
+    from tove_jax.train.checkpoint import load_student
+
+    stored, params, _ = load_student(Path(workdir), step)
+    folder = output or Path(workdir) / "released"
+    export_released(stored, params, folder, suffix=suffix, prefix=prefix)
+    return folder
+
+
+def export_run(
+    config: Config | None,
+    workdir: Path,
+    *,
+    step: int | None = None,
+    output: Path | None = None,
+    encoder_adapters: bool = False,
+) -> Path:
     """Exports a run's student with all that is known of it.
 
     Args:
@@ -38,12 +92,13 @@ def export_run(config: Config | None, workdir: Path, *, step: int | None = None,
       workdir: the run's folder; its metrics.json, if any, goes to the model card.
       step: checkpoint; the newest when None.
       output: target folder; ``<workdir>/export`` when None.
+      encoder_adapters: write a MoVE-KD run's encoder adapters too.
 
     Returns:
       The folder written.
 
     Raises:
-      InputError: no checkpoint, an encoder that needs experts beside it, or the folder cannot be written.
+      InputError: no checkpoint, encoder adapters of a run that has none, an encoder that needs experts beside it, or the folder cannot be written.
     """
     from tove_jax import methods
     from tove_jax.eval.run import with_stored_settings
@@ -67,7 +122,10 @@ def export_run(config: Config | None, workdir: Path, *, step: int | None = None,
     if (workdir / "metrics.json").is_file():
         told["metrics"] = read_json(workdir / "metrics.json")
     folder = output or workdir / "export"
-    export_student(stored, params["student"], folder, provenance=told)
+    adapters = params.get("method") if encoder_adapters else None
+    if encoder_adapters and (stored.method.name != "move_kd" or not adapters):
+        raise InputError(f"{workdir}: this run of '{stored.method.name}' has no encoder adapters to export")
+    export_student(stored, params["student"], folder, provenance=told, adapters=adapters)
     return folder
 
 

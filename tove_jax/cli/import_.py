@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="Folder to write.")
     parser.add_argument("--adapter", type=Path, help="MoVE-KD's mole_encoder.bin to put on top of the CLIP.")
     parser.add_argument(
+        "--encoder-adapters", type=Path, help="MoVE-KD's encoder_adapter.bin, for a run that begins from the output."
+    )
+    parser.add_argument(
         "--plain", action="store_true", help="Leave LoRA experts out: a start for `student.initialize`."
     )
     parser.add_argument("--image-size", type=int, help="Resize position embeddings to this side, pixels.")
@@ -23,6 +26,13 @@ def run(args: argparse.Namespace) -> int:
     """Imports, writes and prints what came in."""
     from tove_jax.hf.convert import convert
 
-    for line in convert(args.source, args.output, adapter=args.adapter, plain=args.plain, image_size=args.image_size):
+    for line in convert(
+        args.source,
+        args.output,
+        adapter=args.adapter,
+        encoder_adapters=args.encoder_adapters,
+        plain=args.plain,
+        image_size=args.image_size,
+    ):
         print(line)
     return 0

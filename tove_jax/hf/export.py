@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tove_jax.config.schema import Config, StudentConfig
 from tove_jax.errors import InputError
 from tove_jax.files.atomic import atomic_folder, atomic_write_bytes, atomic_write_json
 from tove_jax.files.weights import hash_arrays
-from tove_jax.hf import clip, rules
+from tove_jax.hf import clip, encoder_adapters, rules
 from tove_jax.hf.card import model_card
 from tove_jax.hf.load import MODEL_TYPES
 
@@ -26,7 +26,11 @@ AUTO_MAP = {
     for kind, name in _CLASSES.items()
 }
 _FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "__pycache__"}
+_FILES |= {f"{encoder_adapters.FILE}.safetensors"}
 _FILES |= {name for names in REMOTE_CODE.values() for name in names}
+_SUFFIXES = (".safetensors", ".bin")
+WHOLE_MODEL = "model.vision_tower.vision_tower.vision_model."
+"""Where the tower's names begin in the whole language model, as the released code saves and loads them."""
 _FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -115,7 +119,12 @@ def remote_code(name: str) -> bytes:
 
 
 def export_student(
-    config: Config, params: Mapping[str, Any], folder: Path | str, *, provenance: Mapping[str, Any] | None = None
+    config: Config,
+    params: Mapping[str, Any],
+    folder: Path | str,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a student as a Hugging Face folder, whole or not at all.
 
@@ -128,11 +137,13 @@ def export_student(
       params: the student's parameter tree.
       folder: target; an earlier export there is replaced, any other content is refused.
       provenance: what the model card tells, see `tove_jax.hf.card.model_card`.
+      adapters: MoVE-KD's encoder adapters, for a further stage that begins from the folder; written as
+        ``encoder_adapter.safetensors``. The deployed encoder does not need them.
 
     Raises:
       InputError: parameters that do not fit, a folder with other files, or one that cannot be written.
     """
-    _write(config.student, params, Path(folder), lambda hashed: model_card(config, hashed, provenance or {}))
+    _write(config.student, params, Path(folder), lambda hashed: model_card(config, hashed, provenance or {}), adapters)
 
 
 def save_start(config: Config, params: Mapping[str, Any], folder: Path | str) -> None:
@@ -160,16 +171,27 @@ def save_start(config: Config, params: Mapping[str, Any], folder: Path | str) ->
     _write(clip.without_adapter(config.student), rules.unflatten(leaves), Path(folder), card)
 
 
-def _write(student: StudentConfig, params: Mapping[str, Any], folder: Path, card: Any) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
+def _refuse_others(folder: Path, ours: Iterable[str]) -> None:
+    """Refuses a folder that holds more than an earlier export, since all of it would be replaced."""
     if folder.is_dir():
-        strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in _FILES)
+        strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
         if strangers:
             raise InputError(
                 f"{folder}: expected an empty folder or an earlier export, found {', '.join(strangers[:5])}"
             )
+
+
+def _write(
+    student: StudentConfig,
+    params: Mapping[str, Any],
+    folder: Path,
+    card: Any,
+    adapters: Mapping[str, Any] | None = None,
+) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    _refuse_others(folder, _FILES)
     arrays = hf_arrays(student, params)
     hashed = hash_arrays(arrays)
     with atomic_folder(folder) as temporary:
@@ -184,6 +206,8 @@ def _write(student: StudentConfig, params: Mapping[str, Any], folder: Path, card
             for name in REMOTE_CODE[student.adapter.kind]:
                 atomic_write_bytes(temporary / name, remote_code(name))
         atomic_write_bytes(temporary / "README.md", card(hashed).encode())
+        if adapters:
+            export_encoder_adapters(adapters, temporary / f"{encoder_adapters.FILE}.safetensors")
 
 
 def _sort_metadata(path: Path) -> None:
@@ -199,31 +223,73 @@ def _sort_metadata(path: Path) -> None:
         stream.write(text)
 
 
-def export_mole_encoder(student: StudentConfig, params: Mapping[str, Any], path: Path | str) -> None:
+def export_mole_encoder(student: StudentConfig, params: Mapping[str, Any], path: Path | str, prefix: str = "") -> None:
     """Writes the tower and its MoLE under the names of MoVE-KD's released adapter file.
 
     Args:
       student: settings, with LoRA experts of kind ``mole``.
       params: the student's parameter tree.
       path: ``.safetensors``, or ``.bin`` where torch is installed (the released file is a ``.bin``).
+      prefix: put before every name, such as `WHOLE_MODEL`, which the released code's own loader expects.
 
     Raises:
       InputError: no LoRA experts, another suffix, ``.bin`` without torch, or a path that cannot be written.
     """
-    import io
-
-    from safetensors.numpy import save
-
-    path = Path(path)
     if student.adapter.kind != "mole":
         what = "no LoRA experts" if student.adapter.kind == "none" else f"LoRA experts of kind '{student.adapter.kind}'"
         raise InputError(f"{path}: the student has {what}, so there is no adapter file of MoVE-KD to write")
     arrays = clip.released(hf_arrays(student, params))
+    _write_arrays({prefix + name: array for name, array in arrays.items()}, Path(path))
+
+
+def export_encoder_adapters(params: Mapping[str, Any], path: Path | str) -> None:
+    """Writes MoVE-KD's encoder adapters under the names of the released ``encoder_adapter.bin``.
+
+    Args:
+      params: MoVE-KD's method parameters, ``{expert: {"channel": ..., "token": ...}}``.
+      path: as for `export_mole_encoder`.
+
+    Raises:
+      InputError: as `export_mole_encoder`, or parameters that are no encoder adapters.
+    """
+    _write_arrays(encoder_adapters.to_arrays(params), Path(path))
+
+
+def export_released(
+    config: Config, params: Mapping[str, Any], folder: Path | str, *, suffix: str = ".bin", prefix: str = ""
+) -> None:
+    """Writes a MoVE-KD run as the released files, ``mole_encoder`` and ``encoder_adapter``, whole or not at all.
+
+    Args:
+      config: settings of the run.
+      params: ``{"student", "method"}``; without encoder adapters the second file is left out.
+      folder: target; earlier such files there are replaced, any other content is refused.
+      suffix: ``.bin`` as released, which needs torch, or ``.safetensors``.
+      prefix: see `export_mole_encoder`.
+
+    Raises:
+      InputError: another method's run, or as `export_mole_encoder`.
+    """
+    folder = Path(folder)
+    if config.method.name != "move_kd":
+        raise InputError(f"{folder}: only runs of 'move_kd' have released files, found one of '{config.method.name}'")
+    _refuse_others(folder, {f"{name}{end}" for name in ("mole_encoder", encoder_adapters.FILE) for end in _SUFFIXES})
+    with atomic_folder(folder) as temporary:
+        export_mole_encoder(config.student, params["student"], temporary / f"mole_encoder{suffix}", prefix)
+        if params.get("method"):
+            export_encoder_adapters(params["method"], temporary / f"{encoder_adapters.FILE}{suffix}")
+
+
+def _write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    import io
+
+    from safetensors.numpy import save
+
+    if path.suffix not in _SUFFIXES:
+        raise InputError(f"{path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
     if path.suffix == ".safetensors":
-        atomic_write_bytes(path, save(arrays, metadata={"format": "pt"}))
+        atomic_write_bytes(path, save(dict(arrays), metadata={"format": "pt"}))
         return
-    if path.suffix != ".bin":
-        raise InputError(f"{path}: expected a name that ends in .safetensors or .bin")
     try:
         import torch
     except ImportError as error:

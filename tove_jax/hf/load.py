@@ -16,7 +16,7 @@ from tove_jax.config.schema import AdapterConfig, StudentConfig, ViewConfig
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.files.weights import read_arrays
-from tove_jax.hf import clip, rules
+from tove_jax.hf import clip, encoder_adapters, rules
 from tove_jax.models.position import resize_position
 
 MODEL_TYPES = {"mole": "mole_clip_vision_model", "mola": "mola_clip_vision_model"}  # by adapter.kind
@@ -201,7 +201,8 @@ def load_clip(folder_or_hub_id: str | Path, *, image_size: int | None = None) ->
     student = read_student(folder)
     if student.adapter.kind != "none":
         raise InputError(
-            f"{folder}: has LoRA experts ({MODEL_TYPES[student.adapter.kind]}), expected a plain CLIP; use import_student"
+            f"{folder}: has LoRA experts ({MODEL_TYPES[student.adapter.kind]}), expected a plain CLIP; a run begins with "
+            "them by config.train.start_from, and import_student reads them"
         )
     params = _tree(folder, student, _clip_arrays(folder))
     student = dataclasses.replace(student, initialize=str(folder_or_hub_id))
@@ -234,7 +235,8 @@ def import_mole_encoder(
     are not stored in it.
 
     Args:
-      file: state dict under the released names; tower weights it holds replace those of `base`.
+      file: state dict under the released names; tower weights it holds replace those of `base`, and encoder
+        adapters are left to `import_encoder_adapters`.
       base: CLIP folder or hub id.
       adapter: routing, alpha, dropout; the released settings when None.
 
@@ -246,12 +248,36 @@ def import_mole_encoder(
     """
     folder = locate(base)
     student = read_student(folder)
-    found = clip.canonical(read_arrays(file), str(file))
+    arrays = {name: array for name, array in read_arrays(file).items() if not encoder_adapters.is_name(name)}
+    found = clip.canonical(arrays, str(file))
     fields = clip.adapter_fields(found, str(file))
     if fields["kind"] == "none":
         raise InputError(f"{file}: expected LoRA experts (encoder.layers.0.mlp.moe_down.0.lora_A.weight), found none")
     student = dataclasses.replace(student, adapter=dataclasses.replace(adapter or AdapterConfig(), **fields))
     return vars(student).copy(), _tree(Path(file), student, {**_clip_arrays(folder), **found})
+
+
+def import_encoder_adapters(path: str | Path) -> dict[str, Any]:
+    """Reads encoder adapters under the names of MoVE-KD's released ``encoder_adapter.bin``.
+
+    Args:
+      path: a file (safetensors, or a pickled .bin, read without running code), of which all other names are
+        left out; or an export's folder, which may hold such a file.
+
+    Returns:
+      ``{expert: {"channel": {"kernel", "bias"}, "token": {...}}}``, float32: MoVE-KD's method parameters. Empty
+      where there are none.
+
+    Raises:
+      InputError: an unreadable file, or adapters that are not whole.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / f"{encoder_adapters.FILE}.safetensors"
+        if not path.is_file():
+            return {}
+    arrays = {name: array for name, array in read_arrays(path).items() if encoder_adapters.is_name(name)}
+    return encoder_adapters.to_tree(arrays, str(path))
 
 
 def _clip_arrays(folder: Path) -> dict[str, np.ndarray]:
