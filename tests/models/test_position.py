@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tove_jax.errors import InputError
-from tove_jax.models.position import bicubic_matrix, resize_map, resize_position
+from tove_jax.models.position import antialiased_bicubic_matrix, bicubic_matrix, resize_map, resize_position
 
 CASES = [(4, 7), (7, 4), (24, 16), (3, (5, 2))]
 
@@ -68,3 +68,23 @@ def test_a_map_inside_a_traced_function(grid):
     found = jax.jit(lambda t: resize_map(t, grid))(jnp.asarray(table[1:].reshape(4, 4, -1)))
     np.testing.assert_allclose(found.reshape(-1, 6), resize_position(table, grid)[1:], atol=1e-6)
     assert resize_map(jnp.zeros((4, 4, 2), jnp.bfloat16), grid).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("grid", [(7, 3), (2, 9), (16, 16)])
+def test_antialiased_equals_torch(grid):
+    torch = pytest.importorskip("torch")
+    table = embedding(5)[1:].reshape(5, 5, -1)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(table).permute(2, 0, 1)[None], size=grid, mode="bicubic", antialias=True
+    )[0].permute(1, 2, 0).numpy()  # fmt: skip
+    np.testing.assert_allclose(resize_map(jnp.asarray(table), grid, antialias=True), expected, atol=1e-5)
+
+
+def test_antialiased_known_numbers():
+    """Shrunk to half, the kernel spans eight samples; enlarged, Keys' cubic with a = -0.5 at -0.25 and 0.75."""
+    matrix = antialiased_bicubic_matrix(16, 8)
+    np.testing.assert_allclose(matrix.sum(axis=1), 1.0)
+    assert (matrix[3] != 0).sum() == 8 and matrix[3, 6] == matrix[3, 7] > matrix[3, 5] > 0 > matrix[3, 4]
+    np.testing.assert_allclose(
+        antialiased_bicubic_matrix(8, 16)[7, 2:6], [-0.0703125, 0.8671875, 0.2265625, -0.0234375]
+    )

@@ -38,6 +38,30 @@ def bicubic_matrix(source: int, target: int, a: float = -0.75) -> np.ndarray:
     return matrix
 
 
+def antialiased_bicubic_matrix(source: int, target: int, a: float = -0.5) -> np.ndarray:
+    """Weights of one-dimensional bicubic interpolation with torch's ``antialias=True``, which is Pillow's.
+
+    Keys' kernel with ``a = -0.5``, widened by the factor when shrinking; what lies outside is left out and the
+    rest weighs more.
+
+    Args:
+      source: samples given.
+      target: samples wanted.
+      a: the kernel's parameter.
+
+    Returns:
+      float64 (target, source); rows sum to 1.
+    """
+    factor = source / target
+    wide = max(factor, 1.0)
+    centres = factor * (np.arange(target) + 0.5)
+    x = np.abs(np.arange(source) + 0.5 - centres[:, None]) / wide
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    matrix = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
 def resize_position(embedding: Any, grid: int | tuple[int, int], leading: int = 1) -> np.ndarray:
     """Resizes position embeddings of a square grid, on the host.
 
@@ -71,12 +95,13 @@ def resize_position(embedding: Any, grid: int | tuple[int, int], leading: int = 
     return np.concatenate([embedding[:leading], table.astype(embedding.dtype)])
 
 
-def resize_map(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def resize_map(table: jax.Array, grid: tuple[int, int], *, antialias: bool = False) -> jax.Array:
     """Resizes a map of position embeddings inside a traced function, as `resize_position` does on the host.
 
     Args:
       table: (R, C, D).
       grid: rows and columns wanted.
+      antialias: with `antialiased_bicubic_matrix`.
 
     Returns:
       (rows, columns, D), the table's dtype; the table itself when the grid is the same.
@@ -84,9 +109,9 @@ def resize_map(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
     if table.shape[:2] == tuple(grid):
         return table
     precise = jnp.promote_types(table.dtype, jnp.float32)
+    weights = antialiased_bicubic_matrix if antialias else bicubic_matrix
     vertical, horizontal = (
-        jnp.asarray(bicubic_matrix(source, target), precise)
-        for source, target in zip(table.shape[:2], grid, strict=True)
+        jnp.asarray(weights(source, target), precise) for source, target in zip(table.shape[:2], grid, strict=True)
     )
     best = jax.lax.Precision.HIGHEST
     resized = jnp.einsum("rs,cu,sud->rcd", vertical, horizontal, table.astype(precise), precision=best)
