@@ -25,6 +25,9 @@ from tove_jax.methods import hawaii, merge, move_kd, tove
 
 METHODS: dict[str, ModuleType] = {"move_kd": move_kd, "hawaii": hawaii, "tove": tove, "merge": merge}
 
+TITLES = {"move_kd": "MoVE-KD", "hawaii": "HAWAII", "tove": "ToVE", "merge": "merging"}
+"""What people read for a method's name."""
+
 
 def get(name: str) -> ModuleType:
     """Returns a method's module.

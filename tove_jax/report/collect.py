@@ -25,13 +25,15 @@ class Panel:
       image: uint8 (H, W, 3).
       alt: what it shows, in words.
       colour: name of the network for the colour of its heading, or an empty string.
+      note: a few words below it.
     """
 
     column: str
-    group: Literal["attention", "components"]
+    group: Literal["attention", "weights", "components"]
     image: np.ndarray
     alt: str
     colour: str = ""
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class RunData:
       metrics: flat names to numbers, ``metrics.json``.
       history: rows of ``metrics.jsonl``, each with ``step``.
       predictions: ``eval/predictions.json``, or empty.
+      detach: ``eval/detach.json``, or empty.
       config: nested settings, or empty.
       defaults: the same tree of defaults, to tell what was changed.
       facts: of each expert.
@@ -95,6 +98,7 @@ class RunData:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     history: tuple[Mapping[str, float | None], ...] = ()
     predictions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    detach: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     facts: tuple[ExpertFacts, ...] = ()
@@ -159,6 +163,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _shared(workdir: Path) -> dict[str, Any]:
+    """Returns what a comparison judged once for all its runs, where the folder is one of its runs, else nothing."""
+    if not (workdir / "eval" / "compared.json").exists():
+        return {}
+    found = read_json(workdir.resolve().parents[1] / "references.json").get("metrics", {})
+    return found if isinstance(found, dict) else {}
+
+
 def collect(workdir: Path | str, **known: Any) -> RunData:
     """Reads the files of a run's folder that need no model.
 
@@ -167,7 +179,8 @@ def collect(workdir: Path | str, **known: Any) -> RunData:
       **known: further fields of `RunData`, which win over what is read.
 
     Returns:
-      The run, with ``missing`` filled for the files that are not there.
+      The run, with ``missing`` filled for the files that are not there. A run of a comparison (`tove compare`)
+      also has what that judged once for all of its runs.
 
     Raises:
       InputError: no such folder, or a file in it that cannot be read.
@@ -175,7 +188,7 @@ def collect(workdir: Path | str, **known: Any) -> RunData:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise InputError(f"{workdir}: expected a run's folder, found none; run `tove train` first")
-    metrics = read_json(workdir / "metrics.json")
+    metrics = {**_shared(workdir), **read_json(workdir / "metrics.json")}
     missing: dict[str, str] = {}
     if not any(name.startswith("eval/knn/") for name in metrics):
         missing["evaluation"] = "metrics.json has no evaluation yet; run `tove eval`."
@@ -196,6 +209,7 @@ def collect(workdir: Path | str, **known: Any) -> RunData:
         "metrics": numbers,
         "history": history,
         "predictions": predictions,
+        "detach": read_json(workdir / "eval" / "detach.json"),
         "versions": versions(),
         "missing": {**missing, **known.pop("missing", {})},
     }

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tove_jax.config.schema import Config
+from tove_jax.config.schema import Config, MergeConfig
 from tove_jax.errors import InputError
 from tove_jax.eval.predictors import run_folder_source
 from tove_jax.eval.run import with_stored_settings
@@ -23,6 +23,14 @@ from tove_jax.train.initial import start_parameters
 
 def _plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _defaults(config: Config) -> Config:
+    """Returns the defaults beside which a run's settings are changed ones: those of its own methods."""
+    method = type(config.method)()
+    if isinstance(method, MergeConfig) and isinstance(config.method, MergeConfig):
+        method = dataclasses.replace(method, source_method=type(config.method.source_method)())
+    return dataclasses.replace(Config(), method=method)
 
 
 def expert_facts(config: Config, workdir: Path) -> tuple[ExpertFacts, ...]:
@@ -76,13 +84,13 @@ def make_report(workdir: Path | str, config: Config | None = None, *, pictures: 
         missing["pictures"] = str(error)
         missing.setdefault("config", str(error))
     if config is not None:
-        known.update(config=_plain(config), defaults=_plain(Config()))
+        known.update(config=_plain(config), defaults=_plain(_defaults(config)))
         known.update(title=config.title or workdir.resolve().name, experts=tuple(chosen_experts(config)))
         try:
             known["facts"] = expert_facts(config, workdir)
         except InputError as error:
             missing["facts"] = str(error)
-    if params is not None and pictures:
+    if params is not None and config is not None and pictures:
         try:
             source, _, held_out = run_folder_source(config)
             known.update(pictures_name=source.name, pictures_licence=source.licence)

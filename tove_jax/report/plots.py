@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 _POINTS = 300
+_DECADES = 5
 
 
 class Series(NamedTuple):
@@ -119,9 +120,10 @@ def line_chart(
       series: the lines; longer ones than 300 points are averaged in blocks.
       alt: what the chart shows, for readers who do not see it.
       width: of the drawing, CSS pixels at full size.
-      height: of the drawing.
+      height: of the drawing; more where the names need it.
       from_zero: the value axis starts at zero.
-      logarithmic: base-10 value axis where all values are above zero.
+      logarithmic: base-10 value axis where all values are above zero; what lies more than five decades below
+        the largest is drawn there.
 
     Returns:
       An ``<svg>`` element.
@@ -130,11 +132,15 @@ def line_chart(
     lines = [(one, x, y) for one, x, y in lines if np.isfinite(y).any()]
     if not lines:
         return _svg(width, 60, alt, [_text(width / 2, 34, "no finite values", "tick", "middle")], "line")
+    height = max(height, 15 * len(lines) + 50)
     finite = np.concatenate([y[np.isfinite(y)] for _, _, y in lines])
     logarithmic = logarithmic and bool((finite > 0).all())
     scale = np.log10 if logarithmic else np.asarray
     low, high = (float(value) for value in scale(np.array([finite.min(), finite.max()])))
     if logarithmic:
+        # What is nothing beside the rest, such as a balance loss at an even start, shall not press it flat.
+        low = max(low, high - _DECADES)
+        lines = [(one, x, np.maximum(y, 10.0**low)) for one, x, y in lines]
         low, high = math.floor(low * 4) / 4, math.ceil(high * 4) / 4
         exponents = range(math.floor(low), math.ceil(high) + 1)
         marks = [m * 10.0**e for e in exponents for m in ((1, 2, 5) if high - low < 2.5 else (1,))]
@@ -148,7 +154,7 @@ def line_chart(
     stop = max(float(x[-1]) for _, x, _ in lines)
     longest = max(len(one.name) for one, _, _ in lines)
     left = 18 + 7 * max((len(number(mark)) for mark in marks), default=2)
-    right, top, bottom = max(38, min(170, 20 + 7 * longest)), 12, 30
+    right, top, bottom = max(38, min(180, 24 + int(7.3 * longest))), 12, 30
 
     def across(x: float) -> float:
         return left + (width - left - right) * ((x - start) / (stop - start) if stop > start else 0.5)
@@ -158,9 +164,9 @@ def line_chart(
 
     body = []
     for mark in marks:
-        y = up(float(scale(np.array(mark))))
-        body.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        body.append(_text(left - 8, y + 4, number(mark), "tick", "end"))
+        level = up(float(scale(np.array(mark))))
+        body.append(f'<line x1="{left}" x2="{width - right}" y1="{level:.1f}" y2="{level:.1f}" class="grid"/>')
+        body.append(_text(left - 8, level + 4, number(mark), "tick", "end"))
     whole = [mark for mark in ticks(start, stop, 5) if start <= mark <= stop]
     for position, mark in enumerate(whole):
         words = number(mark) + (" steps" if position == len(whole) - 1 else "")
@@ -178,9 +184,96 @@ def line_chart(
         last = int(np.flatnonzero(np.isfinite(y))[-1])
         ends.append((across(float(x[last])), up(float(scale(np.array(y[last]))))))
     places = _spread([y for _, y in ends], 15, top + 4, height - bottom)
-    for (one, _, _), (x, y), place in zip(lines, ends, places, strict=True):
-        body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{one.colour}"/>')
+    for (one, _, _), (across_end, up_end), place in zip(lines, ends, places, strict=True):
+        body.append(f'<circle cx="{across_end:.1f}" cy="{up_end:.1f}" r="3" style="fill:{one.colour}"/>')
         body.append(_text(width - right + 12, place + 4, one.name, "name", style=f"fill:{one.colour}"))
+    return _svg(width, height, alt, body, "line")
+
+
+class Curve(NamedTuple):
+    """One line over named places, with or without an interval at each.
+
+    Attributes:
+      name: label at its end; empty for none.
+      colour: a CSS colour.
+      values: one a place.
+      low: of the intervals, or empty.
+      high: of the intervals, or empty.
+    """
+
+    name: str
+    colour: str
+    values: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+def place_chart(
+    places: Sequence[Sequence[str]],
+    curves: Sequence[Curve],
+    alt: str,
+    *,
+    width: int = 520,
+    height: int = 270,
+    from_zero: bool = False,
+    percent: bool = False,
+) -> str:
+    """Draws values over a few named places, such as encoders with fewer and fewer experts.
+
+    Args:
+      places: the lines of text below each place, left to right.
+      curves: the lines, each named at its end; a band shows the interval.
+      alt: what the chart shows.
+      width: of the drawing.
+      height: of the drawing.
+      from_zero: the value axis starts at zero.
+      percent: values are shares, written in per cent.
+
+    Returns:
+      An ``<svg>`` element.
+    """
+    everything = [value for one in curves for values in (one.values, one.low, one.high) for value in values]
+    marks = ticks(0.0 if from_zero else min(everything), max(everything))
+    low, high = marks[0], marks[-1]
+
+    def words(mark: float) -> str:
+        return f"{100 * mark:.3g} %" if percent else number(mark)
+
+    left = 18 + 7 * max(len(words(mark)) for mark in marks)
+    right = 20 + int(7.3 * max(len(one.name) for one in curves))
+    lines = max(len(place) for place in places)
+    top, bottom = 12, 14 + 16 * lines
+    # Half a place at both sides, so that the words below fit.
+    pitch = (width - left - right) / len(places)
+
+    def across(place: int) -> float:
+        return left + pitch * (place + 0.5)
+
+    def up(value: float) -> float:
+        return height - bottom - (height - top - bottom) * (value - low) / (high - low)
+
+    body = []
+    for mark in marks:
+        body.append(f'<line x1="{left}" x2="{width - right}" y1="{up(mark):.1f}" y2="{up(mark):.1f}" class="grid"/>')
+        body.append(_text(left - 8, up(mark) + 4, words(mark), "tick", "end"))
+    for place, said in enumerate(places):
+        for line, text in enumerate(said):
+            kind = "tick" if line else "name"
+            body.append(_text(across(place), height - bottom + 18 + 15 * line, text, kind, "middle"))
+    for one in curves:
+        if one.low:
+            there = [f"{across(place):.1f} {up(value):.1f}" for place, value in enumerate(one.high)]
+            back = [f"{across(place):.1f} {up(value):.1f}" for place, value in enumerate(one.low)]
+            body.append(f'<path d="M{"L".join([*there, *back[::-1]])}Z" class="band" style="fill:{one.colour}"/>')
+    named = [up(one.values[-1]) for one in curves]
+    spread = _spread(named, 15, top + 4, height - bottom)
+    for one, name in zip(curves, spread, strict=True):
+        points = [(across(place), up(value)) for place, value in enumerate(one.values)]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        body.append(f'<path d="M{path}" class="line" style="stroke:{one.colour}"/>')
+        body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" style="fill:{one.colour}"/>' for x, y in points]
+        if one.name:
+            body.append(_text(points[-1][0] + 12, name + 4, one.name, "name", style=f"fill:{one.colour}"))
     return _svg(width, height, alt, body, "line")
 
 
