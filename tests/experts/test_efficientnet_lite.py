@@ -17,7 +17,7 @@ from tove_jax.errors import InputError
 from tove_jax.experts import efficientnet_lite
 from tove_jax.experts.loading import package_file
 from tove_jax.files.weights import hash_arrays, read_arrays
-from tove_jax.models.efficientnet_lite import DepthwiseConvolution, EfficientNetLite0
+from tove_jax.models.efficientnet_lite import EfficientNetLite0
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "experts" / "efficientnet_lite0.npz"
 SIZE = 64
@@ -100,16 +100,6 @@ def test_card_is_the_network(expert) -> None:
     network = EfficientNetLite0()
     expected = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, SIZE, SIZE, 3), np.float32))["params"]
     assert jax.tree.map(lambda leaf: leaf.shape, expected) == jax.tree.map(lambda leaf: leaf.shape, expert.params)
-
-
-@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 8), (3, 2, 8), (5, 2, 9), (5, 1, 3)])
-def test_depthwise_methods_agree(kernel: int, stride: int, size: int) -> None:
-    x = jax.random.normal(jax.random.key(0), (2, size, size, 6))
-    shifts = DepthwiseConvolution(kernel, stride, "shifts")
-    params = shifts.init(jax.random.key(1), x)
-    params["params"]["bias"] = jax.random.normal(jax.random.key(2), (6,))
-    expected = DepthwiseConvolution(kernel, stride, "grouped").apply(params, x)
-    np.testing.assert_allclose(shifts.apply(params, x), expected, atol=1e-5)
 
 
 def test_other_weights_are_refused(tmp_path: Path, monkeypatch) -> None:

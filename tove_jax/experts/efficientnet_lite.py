@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,7 +13,10 @@ from tove_jax.data.view import View
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
 from tove_jax.experts.loading import check_arrays, package_file, resized
 from tove_jax.files.weights import hash_arrays, read_arrays
-from tove_jax.models.efficientnet_lite import HEAD_WIDTH, STEM_WIDTH, EfficientNetLite0, blocks
+from tove_jax.hf.folding import fold_batch_norms, unfolded_shapes
+from tove_jax.hf.rules import Rule, flatten, to_tree
+from tove_jax.models.efficientnet import STAGES
+from tove_jax.models.efficientnet_lite import HEAD_WIDTH, EfficientNetLite0
 
 CARD = ExpertCard(
     name="efficientnet_lite0",
@@ -38,31 +42,56 @@ CARD = ExpertCard(
     parameters=4_652_008,
 )
 EPSILON = 1e-3
-_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-def _layers() -> list[tuple[str, str, str, tuple[int, ...]]]:
-    """Returns (our name, convolution, batch norm, torch shape of its kernel) of every layer."""
-    rows = [("stem", "_conv_stem", "_bn0", (STEM_WIDTH, 3, 3, 3))]
-    width = STEM_WIDTH
-    for index, (kernel, _, expansion, width_in, width) in enumerate(blocks()):
-        inner, prefix = width_in * expansion, f"_blocks.{index}."
-        if expansion != 1:
-            rows.append((f"block{index}_expand", f"{prefix}_expand_conv", f"{prefix}_bn0", (inner, width_in, 1, 1)))
-        shape = (inner, 1, kernel, kernel)
-        rows.append((f"block{index}_depthwise", f"{prefix}_depthwise_conv", f"{prefix}_bn1", shape))
-        rows.append((f"block{index}_project", f"{prefix}_project_conv", f"{prefix}_bn2", (width, inner, 1, 1)))
-    return [*rows, ("head", "_conv_head", "_bn1", (HEAD_WIDTH, width, 1, 1))]
+def _tables() -> tuple[tuple[Rule, ...], tuple[tuple[str, str], ...]]:
+    """Returns the rules, and the pairs of convolution and batch norm; the blocks are counted throughout."""
+    rules = [Rule("_fc.weight", "classifier/kernel", (1, 0)), Rule("_fc.bias", "classifier/bias")]
+    pairs: list[tuple[str, str]] = []
+
+    def add(ours: str, convolution: str, norm: str, layers: tuple[int, ...] | None) -> None:
+        axes = (2, 3, 1, 0) if layers is None else (0, 3, 4, 2, 1)
+        rules.append(Rule(f"{convolution}.weight", f"trunk/{ours}/kernel", axes, layers=layers))
+        rules.append(Rule(f"{convolution}.bias", f"trunk/{ours}/bias", layers=layers))
+        indices = ("",) if layers is None else layers
+        pairs.extend((convolution.format(layer=layer), norm.format(layer=layer)) for layer in indices)
+
+    def add_block(ours: str, prefix: str, expanded: bool, layers: tuple[int, ...] | None = None) -> None:
+        if expanded:
+            add(f"{ours}/expand", f"{prefix}._expand_conv", f"{prefix}._bn0", layers)
+        add(f"{ours}/depthwise", f"{prefix}._depthwise_conv", f"{prefix}._bn1", layers)
+        add(f"{ours}/project", f"{prefix}._project_conv", f"{prefix}._bn2", layers)
+
+    add("stem", "_conv_stem", "_bn0", None)
+    add("head", "_conv_head", "_bn1", None)
+    first = 0
+    for index, stage in enumerate(STAGES):
+        add_block(f"stage{index}_first", f"_blocks.{first}", stage.expansion != 1)
+        rest = tuple(range(first + 1, first + stage.repeats))
+        if rest:
+            add_block(f"stage{index}_rest", "_blocks.{layer}", stage.expansion != 1, rest)
+        first += stage.repeats
+    return tuple(rules), tuple(pairs)
+
+
+RULES, PAIRS = _tables()
+
+
+def _tree_shapes() -> dict[str, tuple[int, ...]]:
+    tree = jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    return {path: leaf.shape for path, leaf in flatten(tree).items()}
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """Returns name and shape of every array of the published state dict."""
-    result: dict[str, tuple[int, ...]] = {"_fc.weight": (1000, HEAD_WIDTH), "_fc.bias": (1000,)}
-    for _, convolution, norm, shape in _layers():
-        result[f"{convolution}.weight"] = shape
-        result.update({f"{norm}.{part}": shape[:1] for part in _NORM})
-        result[f"{norm}.num_batches_tracked"] = ()
-    return result
+    tree, by_path = _tree_shapes(), {rule.path: rule for rule in RULES}
+    folded = {
+        name: by_path[path].published_shape(shape)
+        for path, shape in tree.items()
+        for name in by_path[path].names(shape)
+    }
+    counters = {f"{norm}.num_batches_tracked": () for _, norm in PAIRS}
+    return unfolded_shapes(folded, PAIRS, biased=False) | counters
 
 
 def convert(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -74,18 +103,8 @@ def convert(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     Returns:
       float32 parameters of `tove_jax.models.efficientnet_lite.EfficientNetLite0`.
     """
-    params: dict[str, Any] = {
-        "classifier": {"kernel": jnp.asarray(arrays["_fc.weight"].T), "bias": jnp.asarray(arrays["_fc.bias"])}
-    }
-    for name, convolution, norm, _ in _layers():
-        weight, bias, mean, variance = (arrays[f"{norm}.{part}"].astype(np.float64) for part in _NORM)
-        scale = weight / np.sqrt(variance + EPSILON)
-        kernel = arrays[f"{convolution}.weight"].astype(np.float64) * scale[:, None, None, None]
-        params[name] = {
-            "kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0), jnp.float32),
-            "bias": jnp.asarray(bias - mean * scale, jnp.float32),
-        }
-    return params
+    folded = fold_batch_norms(arrays, PAIRS, epsilon=EPSILON)
+    return jax.tree.map(jnp.asarray, to_tree(folded, RULES, _tree_shapes()))
 
 
 def describe(*, weights: Path | None = None, size: int | None = None) -> ExpertCard:
