@@ -9,12 +9,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from tove_jax.errors import InputError, nearest
-from tove_jax.experts import clip, efficientnet_lite, eva02, hed, pp_ocr, sam
+from tove_jax.experts import clip, edges, efficientnet_lite, eva02, hed, normals, pp_ocr, sam
 from tove_jax.experts.base import Expert, ExpertCard
 from tove_jax.experts.published import Published
 
 # Modules with `ROWS`, one line each.
-FAMILIES: tuple[ModuleType, ...] = (eva02, sam)
+FAMILIES: tuple[ModuleType, ...] = (eva02, sam, edges, normals)
 
 
 class Entry(NamedTuple):
