@@ -217,11 +217,11 @@ class WindowedEncoder(nn.Module):
         blocks = {kind: self.block(kind, grids[kind]) for kind in KINDS if kind in kinds}
 
         def initial(rng: jax.Array) -> dict[str, Any]:
-            example = jnp.zeros((1, high, wide, self.width), jnp.float32)
+            # One place is enough: no parameter's shape depends on the map.
+            example = jnp.zeros((1, 1, 1, self.width), jnp.float32)
             keys = dict(zip(KINDS, jax.random.split(rng), strict=True))
-            return {
-                kind: stacked_init(block, kinds.count(kind), example)(keys[kind]) for kind, (block, _) in blocks.items()
-            }
+            layers = {kind: self.block(kind, grids[kind] if kind == WINDOWED else (1, 1))[0] for kind in blocks}
+            return {kind: stacked_init(layer, kinds.count(kind), example)(keys[kind]) for kind, layer in layers.items()}
 
         def body(kind: str) -> Callable[[Any, jax.Array], jax.Array]:
             block, rotary = blocks[kind]
