@@ -17,7 +17,8 @@ if [ "$method" = tove ]; then
     run report
     echo "report of the run:   $workdir/report.html"
     # The demo's CLIP is random and has nothing to keep, so it merges with the whole learning rate.
-    merge=(tove merge "$workdir" "--config.optim.groups=(('student/.*', 1.0), ('teacher/.*', None))" --config.train.batch=64)
+    merge=(tove merge "$workdir" "--config.optim.groups=(('student/.*', 1.0), ('teacher/.*', None))")
+    merge+=(--config.optim.lr=1e-3 --config.train.batch=16 --config.train.steps=2000)
     echo "+ ${merge[*]}" >&2
     "${merge[@]}"
     workdir=$workdir/merged
