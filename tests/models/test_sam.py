@@ -17,11 +17,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.encoder_rules import ENCODERS, draw_input, draw_weights
+from tove_jax.config.schema import MeshConfig
 from tove_jax.errors import InputError
 from tove_jax.experts.sam import rules
 from tove_jax.hf.rules import flatten, to_tree
 from tove_jax.models.sam import LOGICAL_AXES, SamEncoder
-from tove_jax.parallel import logical_specs
+from tove_jax.parallel import logical_specs, make_mesh, shard_batch, tree_shardings
 
 GOLDEN = ENCODERS / "sam_tiny.npz"
 DEPTH, EVERYWHERE, PATCH = 6, (2, 5), 8
@@ -138,6 +139,19 @@ def test_scanned_and_separate_layers_agree(params):
     assert 1e-4 < np.abs(half.astype(jnp.float32) - expected).mean() < 0.02 * np.abs(expected).mean()
 
 
+def test_sharded_over_a_mesh(params):
+    """Batch, widths and heads split over eight devices: the same numbers."""
+    pixels = np.repeat(draw_input(7, (1, 3, 48, 48)).transpose(0, 2, 3, 1), 4, axis=0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = tree_shardings(params, logical_specs(params, LOGICAL_AXES, "sam"), mesh)
+    split = jax.device_put(params, shardings)
+    assert not split["layers"]["global"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
+    with jax.set_mesh(mesh):
+        output, _ = jax.jit(lambda p, x: MODEL.apply({"params": p}, x))(split, shard_batch(pixels, mesh))
+    with np.load(GOLDEN) as golden:
+        np.testing.assert_allclose(output, np.repeat(golden["square/output"], 4, axis=0), atol=1e-5)
+
+
 def test_every_parameter_has_logical_axes(params):
     specs = flatten(logical_specs(params, LOGICAL_AXES, "sam"))
     assert specs["layers/windowed/attention/query/kernel"] == ("layers", "embed", "heads")
@@ -153,7 +167,8 @@ def test_every_parameter_has_logical_axes(params):
         ((1, 44, 48, 3), (), r"multiples of 8, found \(1, 44, 48, 3\)"),
         ((1, 48, 48), (), r"expected \(batch, height, width, 3\)"),
         ((1, 48, 48, 3), ("layers/6",), "the encoder has 6 layers"),
-        ((1, 48, 48, 3), ("neck",), "expected embeddings or layers/<i>"),
+        ((1, 48, 48, 3), ("neck",), "expected embeddings, layers/<i>"),
+        ((1, 48, 48, 3), ("layers/0/attention_cls",), "the encoder has no class token"),
     ],
 )
 def test_refusals(params, shape, names, message):

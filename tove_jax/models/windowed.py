@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from tove_jax.models.attention import Implementation
 from tove_jax.models.block import Block, PatchEmbed, stacked_init
 from tove_jax.models.position import resize_map
 from tove_jax.models.rotary import Rotary
+from tove_jax.models.stack import parse
 
 WINDOWED, GLOBAL = "windowed", "global"
 KINDS = (WINDOWED, GLOBAL)
@@ -210,7 +210,9 @@ class WindowedEncoder(nn.Module):
         Raises:
           InputError: an unknown name, or a layer out of range.
         """
-        wanted = _parse(intermediates, self.depth)
+        asked = parse(intermediates, self.depth, ("embeddings",))
+        if asked.rows:
+            raise InputError("attention_cls: the encoder has no class token")
         kinds = layer_kinds(self.depth, self.global_layers)
         high, wide = x.shape[1:3]
         grids = {WINDOWED: (self.window, self.window), GLOBAL: (high, wide)}
@@ -228,19 +230,8 @@ class WindowedEncoder(nn.Module):
             return lambda params, x: block.apply({"params": params}, x, rotary=rotary)[0]
 
         stacks = self.param("layers", initial)
-        last, found = run_layers(kinds, stacks, {kind: body(kind) for kind in blocks}, x, wanted.values())
-        return last, {name: x if name == "embeddings" else found[wanted[name]] for name in intermediates}
-
-
-def _parse(names: Sequence[str], depth: int) -> dict[str, int]:
-    """Returns the layer behind every name that asks for one."""
-    wanted = {}
-    for name in names:
-        layer = re.fullmatch(r"layers/(-?\d+)", name)
-        if layer:
-            if not -depth <= int(layer[1]) < depth:
-                raise InputError(f"intermediate '{name}': the encoder has {depth} layers")
-            wanted[name] = int(layer[1]) % depth
-        elif name != "embeddings":
-            raise InputError(f"intermediate '{name}': expected embeddings or layers/<i>")
-    return wanted
+        last, outputs = run_layers(kinds, stacks, {kind: body(kind) for kind in blocks}, x, asked.outputs)
+        found = {"embeddings": x}
+        for layer, names in asked.outputs.items():
+            found.update(dict.fromkeys(names, outputs[layer]))
+        return last, {name: found[name] for name in intermediates}
