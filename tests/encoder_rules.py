@@ -43,14 +43,15 @@ def draw_input(seed: int, shape: tuple[int, ...] | list[int], scale: float = 1.0
     return np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32) * np.float32(scale)
 
 
-def fold(shapes: Mapping[str, tuple[int, ...] | list[int]]) -> dict[str, list]:
-    """Shortens names and shapes: the first index in a name becomes ``*``.
+def fold(shapes: Mapping[str, tuple[int, ...] | list[int]], which: int = 0) -> dict[str, list]:
+    """Shortens names and shapes: the first index in a name (the last, where `which` is -1) becomes ``*``.
 
     Returns ``{pattern: [[shape, indices], ...]}``, indices None for a name without one.
     """
     folded: dict[str, dict[tuple[int, ...], list[int]]] = {}
     for name, shape in shapes.items():
-        index = re.search(r"(?<=\.)\d+(?=\.)", name)
+        numbers = list(re.finditer(r"(?<=\.)\d+(?=\.)", name))
+        index = numbers[which] if numbers else None
         pattern = name[: index.start()] + "*" + name[index.end() :] if index else name
         folded.setdefault(pattern, {}).setdefault(tuple(shape), []).extend([int(index[0])] if index else [])
     return {
@@ -75,10 +76,10 @@ def read_names(file: str) -> dict[str, Shapes]:
     return {model: unfold(folded) for model, folded in content.items()}
 
 
-def write_names(file: str, models: Mapping[str, Mapping[str, tuple[int, ...] | list[int]]]) -> None:
-    """Writes what `read_names` reads, a pattern a line."""
+def write_names(file: str, models: Mapping[str, Mapping[str, tuple[int, ...] | list[int]]], which: int = 0) -> None:
+    """Writes what `read_names` reads, a pattern a line; `which` as in `fold`."""
     parts = []
     for model, shapes in models.items():
-        lines = [f"  {json.dumps(pattern)}: {json.dumps(groups)}" for pattern, groups in fold(shapes).items()]
+        lines = [f"  {json.dumps(pattern)}: {json.dumps(groups)}" for pattern, groups in fold(shapes, which).items()]
         parts.append(f"{json.dumps(model)}: {{\n" + ",\n".join(lines) + "\n }")
     (ENCODERS / file).write_text("{" + ",\n ".join(parts) + "}\n", encoding="utf-8")

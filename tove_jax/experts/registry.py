@@ -9,12 +9,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from tove_jax.errors import InputError, nearest
-from tove_jax.experts import clip, edges, efficientnet_lite, eva02, hed, normals, pp_ocr, sam
+from tove_jax.experts import clip, convnext, edges, efficientnet_lite, eva02, hed, normals, pix2struct, pp_ocr, sam
 from tove_jax.experts.base import Expert, ExpertCard
 from tove_jax.experts.published import Published
 
 # Modules with `ROWS`, one line each.
-FAMILIES: tuple[ModuleType, ...] = (eva02, sam, edges, normals)
+FAMILIES: tuple[ModuleType, ...] = (convnext, pix2struct, eva02, sam, edges, normals)
 
 
 class Entry(NamedTuple):
@@ -91,6 +91,12 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     if not (size.isascii() and size.isdigit()):
         raise InputError(f"expert '{spec}': expected name or name:size, the size in pixels, found size {size!r}")
     return name, {"size": int(size)}
+
+
+def takes(spec: str, option: str) -> bool:
+    """Whether an expert's loader offers an option, such as ``dtype``; False for an unknown expert."""
+    entry = _ENTRIES.get(spec.partition(":")[0])
+    return entry is not None and option in inspect.signature(entry.loader).parameters
 
 
 def describe(spec: str, *, weights: Path | str | None = None, **options: Any) -> ExpertCard:
