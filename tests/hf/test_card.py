@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from tove_jax.config.schema import Config, ViewConfig
+from tove_jax.config.schema import Config, HawaiiConfig, MergeConfig, MoveKDConfig, TrainConfig, ViewConfig
 from tove_jax.data.view import View
 from tove_jax.experts.base import ExpertCard
 from tove_jax.hf.card import model_card
+from tove_jax.hf.export import save_start
+from tove_jax.models import vit
 
 
 def test_card_tells_experts_licences_numbers(make_student):
@@ -61,3 +65,31 @@ def test_card_without_provenance(make_student):
     assert "Not recorded." in text and "None recorded." in text
     assert "pad them to a square first" in text
     assert "hidden_states[2]" in text  # transformers counts the embedding as state 0
+
+
+def test_the_start_is_said_for_what_it_is(make_student, tmp_path):
+    plain = make_student("none")
+
+    def start(initialize, method=None):
+        config = Config(student=dataclasses.replace(plain, initialize=str(initialize)), method=method or MoveKDConfig())
+        (line,) = [line for line in model_card(config, "f00d", {}).splitlines() if line.startswith("| start |")]
+        return line.removeprefix("| start | ").removesuffix(" |")
+
+    assert start("") == "random weights"
+    assert start("openai/clip-vit-base-patch32") == "`openai/clip-vit-base-patch32`"
+    assert start(tmp_path / "my-clip") == "`my-clip`"
+    # The folder that a run draws and keeps says so itself, wherever it is used again.
+    drawn = tmp_path / "run" / "start"
+    module = vit.from_config(plain)
+    params = module.init(jax.random.key(0), jnp.zeros((1, plain.image_size, plain.image_size, 3)))["params"]
+    save_start(Config(student=plain, train=TrainConfig(seed=7)), params, drawn)
+    assert start(drawn) == "random weights, drawn with seed 7"
+    given = dataclasses.replace(plain, initialize="openai/clip-vit-base-patch32")
+    save_start(Config(student=given), params, tmp_path / "copy")
+    assert start(tmp_path / "copy") == "`copy`"
+    # A merge begins at its source's, even where that folder lies on another machine.
+    merge = MergeConfig(source="elsewhere/run", source_method=HawaiiConfig())
+    assert start("elsewhere/run/start", merge) == "random weights, the start of the run that was merged"
+    assert start("else/where/my-clip", merge) == "`my-clip`"
+    card = model_card(Config(student=plain, method=merge), "f00d", {})
+    assert "distilled by HAWAII, then merged into one tower, from" in card

@@ -120,7 +120,7 @@ def test_a_tove_run_is_merged_judged_exported_and_reported_by_the_commands(tove_
     assert main(["export", file, f"--workdir={folder}"]) == 0 and not (folder / "start").exists()
     settings = json.loads((folder / "export" / "config.json").read_text())
     assert settings["architectures"] == ["CLIPVisionModel"] and "auto_map" not in settings
-    assert "distilled by tove, then merged into one tower, from" in (folder / "export" / "README.md").read_text()
+    assert "distilled by ToVE, then merged into one tower, from" in (folder / "export" / "README.md").read_text()
     assert main(["report", f"--workdir={folder}", "--pictures=0"]) == 0
     assert "the run that was merged" in (folder / "report.html").read_text()
 

@@ -9,7 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tove_jax.config.schema import Config
+from tove_jax import methods
+from tove_jax.config.schema import Config, MergeConfig
+
+RANDOM_START = "Random weights, drawn with seed {}."
+"""The sentence by which the card of a start says that it is no trained tower."""
+
+
+def drawn_with(folder: Path) -> int | None:
+    """Returns the seed of a start that tove_jax drew, from the folder's card; None for any other folder."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    before, after = RANDOM_START.split("{}")
+    found = re.search(f"{re.escape(before)}(\\d+){re.escape(after)}", text)
+    return int(found[1]) if found else None
 
 
 def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any]) -> str:
@@ -54,7 +69,7 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
                 ),
                 ("LoRA experts", _adapter_line(config) if has_experts else "none: a plain `CLIPVisionModel`"),
                 ("distilled feature", f"`{student.feature}`, patch tokens"),
-                ("start", f"`{_start(student.initialize)}`" if student.initialize else "random weights"),
+                ("start", _start(config)),
                 ("weights hash", f"`{weights_hash}`"),
             ],
         ),
@@ -72,16 +87,30 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
 
 
 def _method(method: Any) -> str:
-    return f"{method.source_method.name}, then merged into one tower," if method.name == "merge" else method.name
+    if method.name == "merge":
+        return f"{_method(method.source_method)}, then merged into one tower,"
+    return methods.TITLES[method.name]
 
 
 def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w\-][\w.\-]*/[\w.\-]+", name)) and not Path(name).exists()
 
 
-def _start(name: str) -> str:
-    """Returns a hub id as it is, and only the last part of a folder on the machine that trained."""
-    return name if _is_hub_id(name) else Path(name).name
+def _start(config: Config) -> str:
+    """Returns where the student began: a hub id as it is, what is known of random weights, or a folder's last name."""
+    name, method = config.student.initialize, config.method
+    if not name:
+        return "random weights"
+    folder = Path(name)
+    drawn = drawn_with(folder)
+    if drawn is not None:
+        return f"random weights, drawn with seed {drawn}"
+    # A run without a start of its own keeps the random one in its folder; a merge begins there.
+    if isinstance(method, MergeConfig) and folder == Path(method.source) / "start":
+        return "random weights, the start of the run that was merged"
+    if _is_hub_id(name):
+        return f"`{name}`"
+    return f"`{folder.name}`"
 
 
 def _fields(expert: Any) -> dict[str, Any]:

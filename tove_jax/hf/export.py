@@ -15,7 +15,7 @@ from tove_jax.errors import InputError
 from tove_jax.files.atomic import atomic_folder, atomic_write_bytes, atomic_write_json
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf import clip, encoder_adapters, rules
-from tove_jax.hf.card import model_card
+from tove_jax.hf.card import RANDOM_START, model_card
 from tove_jax.hf.load import MODEL_TYPES
 
 HASH_KEY = "tove_hash"
@@ -149,10 +149,11 @@ def export_student(
 def save_start(config: Config, params: Mapping[str, Any], folder: Path | str) -> None:
     """Writes the student's start as a plain CLIP folder, without LoRA experts.
 
-    The ``clip`` expert and ``student.initialize`` read it with `tove_jax.hf.load.load_clip`.
+    The ``clip`` expert and ``student.initialize`` read it with `tove_jax.hf.load.load_clip`. Its card says so
+    when the weights are random.
 
     Args:
-      config: settings of the run.
+      config: settings of the run; without ``student.initialize`` the weights were drawn with ``train.seed``.
       params: the student's parameter tree; a subtree ``layers/mlp/adapter`` is left out.
       folder: target, as for `export_student`.
 
@@ -161,11 +162,13 @@ def save_start(config: Config, params: Mapping[str, Any], folder: Path | str) ->
     """
     leaves = {path: leaf for path, leaf in rules.flatten(params).items() if "/adapter/" not in path}
 
+    drawn = "" if config.student.initialize else f" {RANDOM_START.format(config.train.seed)}"
+
     def card(hashed: str) -> str:
         return (
             "---\nlibrary_name: transformers\n---\n\n"
             f"# {config.title or 'Student'}: its start\n\nThe CLIP vision tower before distillation, "
-            f"written by tove_jax. Weights hash `{hashed}`.\n"
+            f"written by tove_jax.{drawn} Weights hash `{hashed}`.\n"
         )
 
     _write(clip.without_adapter(config.student), rules.unflatten(leaves), Path(folder), card)

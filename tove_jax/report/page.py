@@ -167,7 +167,7 @@ def _merging(run: RunData) -> dict[str, Any] | None:
     return {
         "source": f"{method_title(run)} {beside}",
         "folder": PurePath(method["source"]).name,
-        "step": method["source_step"] or "last",
+        "step": f"step {method['source_step']}" if method["source_step"] else "last step",
         "trained": f"{what}, begun as the {'tower' if method['begin'] == 'tower' else 'start'} of the source",
         "loss": method["loss"],
         "rows": merge_rows(run),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -221,7 +222,7 @@ def place_chart(
     """Draws values over a few named places, such as encoders with fewer and fewer experts.
 
     Args:
-      places: the lines of text below each place, left to right.
+      places: the lines of text below each place, left to right; long ones are broken between words.
       curves: the lines, each named at its end; a band shows the interval.
       alt: what the chart shows.
       width: of the drawing.
@@ -241,10 +242,13 @@ def place_chart(
 
     left = 18 + 7 * max(len(words(mark)) for mark in marks)
     right = 20 + int(7.3 * max(len(one.name) for one in curves))
-    lines = max(len(place) for place in places)
-    top, bottom = 12, 14 + 16 * lines
-    # Half a place at both sides, so that the words below fit.
+    # Half a place at both sides, and lines no wider than a place, so that the words below fit.
     pitch = (width - left - right) / len(places)
+    room = max(6, int(pitch / 6.8))
+    places = [
+        [part for said in place for part in textwrap.wrap(said, room, break_long_words=False)] for place in places
+    ]
+    top, bottom = 12, 14 + 16 * max(len(place) for place in places)
 
     def across(place: int) -> float:
         return left + pitch * (place + 0.5)

@@ -32,6 +32,13 @@ def display_name(name: str) -> str:
     return _NAMES.get(name, name.replace("_", " "))
 
 
+def shown_name(run: RunData, name: str) -> str:
+    """Returns what people read for a network's key on this run's page: a student is called what its method makes."""
+    if name == "student":
+        return {"tove": "enriched tokens", "merge": "merged tower"}.get(method_name(run), name)
+    return display_name(name)
+
+
 def method_name(run: RunData) -> str:
     """Returns the name of a run's method, empty when it is not known."""
     return run.config.get("method", {}).get("name", "")
@@ -59,7 +66,7 @@ def _bar(run: RunData, task: str, name: str) -> plots.Bar:
     key = f"eval/{task}/{name}"
     value = run.metrics[key]
     low, high = run.metrics.get(f"{key}_low", value), run.metrics.get(f"{key}_high", value)
-    return plots.Bar(display_name(name), colour(name, run.experts), value, low, high, name == "student")
+    return plots.Bar(shown_name(run, name), colour(name, run.experts), value, low, high, name == "student")
 
 
 def dots(run: RunData, task: str) -> str:
@@ -97,8 +104,10 @@ def tiles(run: RunData) -> list[Tile]:
 
     tiles = []
     note = interval("eval/knn/student") if "eval/knn/student_low" in metrics else ""
-    tiles.append(Tile("Student", percent("eval/knn/student"), note, "var(--student)", True))
-    for other, label in (("init", "Gain over its start"), ("source", "Beside the run it merges")):
+    tiles.append(
+        Tile(shown_name(run, "student").capitalize(), percent("eval/knn/student"), note, "var(--student)", True)
+    )
+    for other, label in (("init", "Gain over its start"), ("source", "Against its source")):
         gain = f"eval/knn/student_minus_{other}"
         if gain not in metrics:
             continue
@@ -168,7 +177,7 @@ def score_rows(run: RunData) -> list[dict[str, Any]]:
 
     return [
         {
-            "name": display_name(name),
+            "name": shown_name(run, name),
             "colour": colour(name, run.experts),
             "knn": _cell(run.metrics, f"eval/knn/{name}"),
             "probe": _cell(run.metrics, f"eval/probe/{name}"),
@@ -196,7 +205,7 @@ def categories(run: RunData) -> dict[str, Any] | None:
             values = [float((answers[name][here] == number).mean()) for name in names]
             rows.append({"label": label, "count": int(here.sum()), "values": values})
     rows.sort(key=lambda row: -row["count"])
-    heads = [{"name": display_name(name), "colour": colour(name, run.experts)} for name in names]
+    heads = [{"name": shown_name(run, name), "colour": colour(name, run.experts)} for name in names]
     return {"heads": heads, "rows": rows}
 
 

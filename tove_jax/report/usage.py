@@ -177,7 +177,8 @@ def detaching(run: RunData) -> dict[str, Any] | None:
         return None
     rows = found["rows"]
     places = [
-        (str(len(row["attached"])), f"− {display_name(row['detached'])}" if row["detached"] else "all") for row in rows
+        (str(len(row["attached"])), f"−\u00a0{display_name(row['detached'])}" if row["detached"] else "all")
+        for row in rows
     ]
     said = {"knn": ("k-NN", "var(--student)"), "probe": ("linear probe", "var(--expert-0)")}
     curves = [
