@@ -1,11 +1,12 @@
 """Extraction: killed anywhere and started again, shared by processes, refused where things would mix.
 
-Run as a script this file is the process that the tests kill; it imports no JAX.
+Run as a script this file starts the processes that the tests kill; it imports no JAX.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import resource
@@ -24,8 +25,7 @@ from tove_jax.data.picture import Picture
 from tove_jax.data.split import split
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
-from tove_jax.experts import extract as module
-from tove_jax.experts import store
+from tove_jax.experts import shards
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
 from tove_jax.experts.extract import extract
 from tove_jax.experts.manifest import FILE_NAME, Manifest
@@ -34,7 +34,9 @@ from tove_jax.experts.store import FeatureStore, verify_store
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 41
-OPTIONS = {"shard_records": 6, "batch": 4, "progress": False}
+OPTIONS = {"shard_records": 6, "batch": 4, "prefetch": 1, "progress": False}
+OLD = {"medium": "arrayrecord"}
+AXES = {"codec": "pca:5+int8"}
 
 
 class Toys:
@@ -79,40 +81,95 @@ def _names(manifest: Manifest) -> set[str]:
     return {FILE_NAME, *(shard.name for shard in shards), *(shard.with_suffix(".json").name for shard in shards)}
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def _made(tmp_path_factory, options):
     folder = tmp_path_factory.mktemp("unbroken") / "toy"
-    extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+    extract(HOST, Toys(), range(COUNT), folder, **OPTIONS, **options)
     return folder
 
 
-def _spawn(folder: Path, kill_at: int = 0, delay: float = 0.0) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, str(folder), str(kill_at), str(delay)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return _made(tmp_path_factory, {})
 
 
-def _worker(folder: str, kill_at: str, delay: str) -> None:
+@pytest.fixture(scope="module")
+def unbroken_old(tmp_path_factory):
+    return _made(tmp_path_factory, OLD)
+
+
+@pytest.fixture(scope="module")
+def unbroken_axes(tmp_path_factory):
+    return _made(tmp_path_factory, AXES)
+
+
+class Nursery:
+    """A process without JAX that forks workers: they begin within milliseconds and may be killed."""
+
+    def __init__(self):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def _ask(self, **request) -> int:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, folder: Path, **options) -> int:
+        """Returns the id of a process that extracts."""
+        return self._ask(folder=str(folder), **options)
+
+    def wait(self, worker: int) -> int:
+        """Returns how a process ended."""
+        return self._ask(wait=worker)
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    nursery = Nursery()
+    yield nursery
+    nursery.process.communicate(timeout=60)
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+            continue
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+            continue
+        status = 1
+        try:
+            _worker(**request)
+            status = 0
+        finally:
+            os._exit(status)
+
+
+def _worker(folder: str, kill_at: int = 0, delay: float = 0.0, **options) -> None:
     """Extracts; dies by SIGKILL just before the `kill_at`-th thing it asks of the file system."""
-    count, limit = 0, int(kill_at)
+    count = 0
 
     def counted(function):
         def call(*args, **kwargs):
             nonlocal count
             count += 1
-            if count == limit:
+            if count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
         return call
 
-    if limit:
+    if kill_at:
         for name in ("open", "close", "replace", "fsync", "unlink", "mkdir"):
             setattr(os, name, counted(getattr(os, name)))
-        store.ShardWriter.write = counted(store.ShardWriter.write)
-    print("ready", flush=True)
-    extract(HOST, Toys(delay=float(delay)), range(COUNT), folder, **OPTIONS)
-    print(count, flush=True)
+        shards.ShardWriter.write = counted(shards.ShardWriter.write)
+    extract(HOST, Toys(delay=delay), range(COUNT), folder, **OPTIONS, **options)
 
 
 def test_an_unbroken_run(unbroken):
@@ -135,52 +192,65 @@ def test_again_reads_no_picture(unbroken):
     assert source.reads == 0 and _content(unbroken) == before
 
 
-def test_killed_at_any_moment_and_started_again(unbroken, tmp_path):
+def test_killed_at_any_moment_and_started_again(nursery, unbroken_old, tmp_path):
     """Processes die one after the other, each some steps on; whenever one finishes, its store is compared."""
     rng = random.Random(0)
     steps = [1, 2, 4, 8, 12, *(rng.randrange(9, 50) for _ in range(8))]
     folder, finished, remains = tmp_path / "0", 0, set()
     for step in [*steps, 0]:
-        worker = _spawn(folder, kill_at=step)
-        worker.communicate(timeout=60)
+        status = nursery.wait(nursery.start(folder, kill_at=step, **OLD))
         remains |= {path.suffix for path in folder.iterdir()} if folder.exists() else set()
-        if worker.returncode == 0:
-            assert _content(folder) == _content(unbroken)
+        if status == 0:
+            assert _content(folder) == _content(unbroken_old)
             finished += 1
             folder = tmp_path / str(finished)
         else:
-            assert worker.returncode == -signal.SIGKILL, step
+            assert status == -signal.SIGKILL, step
     assert finished >= 1
     assert remains >= {".lock", ".partial", ".tmp"}, "the kills were meant to leave these behind"
 
 
-def test_killed_by_the_clock(unbroken, tmp_path):
-    folder, rng = tmp_path / "toy", random.Random(1)
-    kills = 0
-    for _ in range(4):
-        worker = _spawn(folder, delay=0.004)
-        assert worker.stdout.readline() == b"ready\n"
-        time.sleep(rng.uniform(0.01, 0.06))
-        worker.kill()
-        worker.communicate(timeout=60)
-        kills += worker.returncode == -signal.SIGKILL
-    assert kills >= 2
-    extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
-    assert _content(folder) == _content(unbroken)
+def test_twenty_random_kills_among_changing_numbers_of_processes(nursery, unbroken_axes, tmp_path):
+    """The axes of the codec are fitted under kills too; whenever a store is finished it is compared."""
+    rng, kills, finished = random.Random(1), 0, 0
+    while kills < 20:
+        folder = tmp_path / str(finished)
+        workers = [nursery.start(folder, delay=0.004, **AXES) for _ in range(rng.choice((1, 2, 3, 4)))]
+        for worker in workers:
+            time.sleep(rng.uniform(0.0, 0.1))
+            os.kill(worker, signal.SIGKILL)
+        found = [nursery.wait(worker) for worker in workers]
+        assert set(found) <= {0, -signal.SIGKILL}
+        kills += found.count(-signal.SIGKILL)
+        if (folder / FILE_NAME).exists() and Manifest.read(folder).complete:
+            extract(HOST, Toys(), range(COUNT), folder, **OPTIONS, **AXES)
+            assert _content(folder) == _content(unbroken_axes)
+            finished += 1
+    extract(HOST, Toys(), range(COUNT), tmp_path / str(finished), **OPTIONS, **AXES)
+    assert _content(tmp_path / str(finished)) == _content(unbroken_axes)
 
 
-def test_two_processes_share_the_work(unbroken, tmp_path):
+def test_two_processes_share_the_work(nursery, unbroken, tmp_path):
     folder = tmp_path / "toy"
-    workers = [_spawn(folder, delay=0.01) for _ in range(2)]
-    for worker in workers:
-        assert worker.stdout.readline() == b"ready\n"
-    source = Toys(delay=0.01)
+    workers = [nursery.start(folder, delay=0.1) for _ in range(2)]
+    source = Toys(delay=0.1)
     manifest = extract(HOST, source, range(COUNT), folder, **OPTIONS)
-    for worker in workers:
-        worker.communicate(timeout=60)
-        assert worker.returncode == 0
+    assert [nursery.wait(worker) for worker in workers] == [0, 0]
     assert manifest.complete and 0 < source.reads < COUNT
     assert _content(folder) == _content(unbroken)
+
+
+def test_shares_of_hosts_without_a_common_disk(tmp_path):
+    for host in range(2):
+        manifest = extract(HOST, Toys(), range(COUNT), tmp_path / str(host), share=(host, 2), **OPTIONS)
+        assert not manifest.complete
+        done = [n for n in range(7) if shards.is_done(tmp_path / str(host), manifest, n)]
+        assert done == list(range(host, 7, 2))
+    source = Toys()
+    assert extract(HOST, source, range(COUNT), tmp_path / "0", **OPTIONS).complete
+    assert source.reads == 18
+    with pytest.raises(InputError, match="found 2/2"):
+        extract(HOST, Toys(), range(COUNT), tmp_path / "2", share=(2, 2), **OPTIONS)
 
 
 def test_a_shard_is_written_by_one_alone(tmp_path):
@@ -204,7 +274,7 @@ def test_without_waiting_leaves_claimed_shards_to_others(tmp_path):
     extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
     manifest = Manifest.read(folder)
     (folder / manifest.shards[3].file).unlink()
-    with module.claim(folder / "shard-00003-of-00007.lock") as claimed:
+    with shards.claim(folder / "shard-00003-of-00007.lock") as claimed:
         assert claimed
         assert not extract(HOST, Toys(), range(COUNT), folder, wait=False, **OPTIONS).complete
         with pytest.raises(InputError, match="not finished"):
@@ -217,7 +287,7 @@ def test_without_waiting_leaves_claimed_shards_to_others(tmp_path):
 def test_damaged_shards_are_written_anew(unbroken, tmp_path):
     folder = tmp_path / "toy"
     extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
-    (folder / "shard-00001-of-00007.arrayrecord").write_bytes(b"short")
+    (folder / "shard-00001-of-00007.records").write_bytes(b"short")
     (folder / "shard-00005-of-00007.json").write_text("{")
     source = Toys()
     extract(HOST, source, range(COUNT), folder, **OPTIONS)
@@ -291,22 +361,23 @@ def _nothing_half_written(folder: Path) -> None:
     allowed = _names(Manifest.read(folder))
     names = set(_content(folder))
     assert names <= allowed
-    assert {name for name in names if name.endswith(".arrayrecord")} == {
-        name.replace(".json", ".arrayrecord") for name in names - {FILE_NAME} if name.endswith(".json")
+    assert {name for name in names if name.endswith(".records")} == {
+        name.replace(".json", ".records") for name in names - {FILE_NAME} if name.endswith(".json")
     }
 
 
-def test_disk_full_while_a_shard_is_written(tmp_path):
+@pytest.mark.parametrize("options", [OLD, {"medium": "mmap", "shard_records": COUNT}], ids=str)
+def test_disk_full_while_a_shard_is_written(tmp_path, options):
     """A limit on file size makes the system refuse writes as a full disk does."""
     folder, limits = tmp_path / "toy", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(InputError, match="shard-00000-of-00007.arrayrecord: cannot be written: .*too large"):
-            extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
+        with pytest.raises(InputError, match=r"shard-00000-of-0000\d.\w+: cannot be written: .*too large"):
+            extract(HOST, Toys(), range(COUNT), folder, **{**OPTIONS, **options})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert set(_content(folder)) == {FILE_NAME}
-    assert extract(HOST, Toys(), range(COUNT), folder, **OPTIONS).complete
+    assert extract(HOST, Toys(), range(COUNT), folder, **{**OPTIONS, **options}).complete
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
@@ -325,7 +396,7 @@ def test_disk_full_at_any_sync(unbroken, tmp_path, monkeypatch, at):
         extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
     monkeypatch.undo()
     left = {path.suffix for path in folder.iterdir()}
-    assert left <= {".json", ".arrayrecord"}, left
+    assert left <= {".json", ".records"}, left
     extract(HOST, Toys(), range(COUNT), folder, **OPTIONS)
     assert _content(folder) == _content(unbroken)
 
@@ -413,7 +484,7 @@ def test_features_that_are_not_what_the_card_says(tmp_path, apply, message):
 @pytest.mark.parametrize("setting", ["batch", "threads", "prefetch"])
 def test_settings_below_one(tmp_path, setting):
     with pytest.raises(InputError, match=setting):
-        extract(HOST, Toys(), range(4), tmp_path, **{**OPTIONS, setting: 0})
+        extract(HOST, Toys(), range(4), tmp_path, **{**OPTIONS, setting: -1})
 
 
 # All experts of a config.
@@ -470,4 +541,4 @@ def test_unknown_expert_is_told_before_any_runs(tmp_path):
 
 
 if __name__ == "__main__":
-    _worker(*sys.argv[1:])
+    _serve()

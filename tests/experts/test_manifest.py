@@ -49,7 +49,7 @@ def test_shapes_shards_and_sizes():
     manifest = _manifest()
     assert manifest.shapes == {"patches": (2, 3, 8), "summary": (5,), "cls_attention": (6,), "cls_scores": (6,)}
     assert [shard.records for shard in manifest.shards] == [4, 4, 2]
-    assert manifest.shards[2].file == "shard-00002-of-00003.arrayrecord"
+    assert manifest.shards[2].file == "shard-00002-of-00003.records"
     assert manifest.record_bytes == 2 * 3 * (8 + 4) + 4 * (5 + 6 + 6)
     assert manifest.expert["licence"] == "MIT"
     assert hash_ids(IDS) != hash_ids(IDS[::-1]) and hash_ids(["ab", "c"]) != hash_ids(["a", "bc"])
@@ -71,9 +71,11 @@ def _edit(**changes):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_edit(format=2), "format 1, found format 2"),
+        (_edit(format=3), "format 2 or before, found format 3"),
         (lambda fields: fields.pop("codec"), "codec"),
         (_edit(surprise=1), "surprise"),
+        (_edit(basis=[]), "basis"),
+        (_edit(medium="tape"), "field medium: expected mmap, arrayrecord, found 'tape'"),
         (_edit(codec="fp8"), "field arrays"),
         (_edit(records=11), "expected 11 records in all, found 10"),
         (_edit(shapes={"patches": "wide"}), "not a feature store's manifest"),

@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was asked; 1 when `verify` found a fault."""
-    from tove_jax.experts import store
+    from tove_jax.experts import statistics, store
 
     faults = 0
     for path in store.find_stores(args.path):
         if args.action == "ls":
             print(store.summary(path))
         elif args.action == "stats":
-            print(store.statistics(path, args.records))
+            print(statistics.statistics(path, args.records))
         else:
             sound, problems = store.verify_store(path)
             for problem in problems:

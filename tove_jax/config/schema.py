@@ -235,19 +235,32 @@ class FeaturesConfig:
         ("clip", "efficientnet_lite0", "hed", "pp_ocr_det"), "Experts, by registered name."
     )
     path: str = option("", "Folder of the store; empty: `features` in the run's folder.")
-    codec: Literal["float32", "bf16", "int8", "fp8"] = option("bf16", "How patch tokens are stored.")
+    codec: str = option(
+        "bf16",
+        "How patch tokens are stored: `float32`, `bf16`, `fp8`, `int8` or `int4`, before it `pool:n` and `pca:k` as in "
+        "`pool:24+pca:256+int8`; for single experts `int8,clip=bf16`.",
+    )
+    medium: Literal["mmap", "arrayrecord"] = option(
+        "mmap", "Files of the store: mapped into memory, for local disks, or ArrayRecord, for mounted object stores."
+    )
     views: Literal["published", "student"] = option(
         "published",
         "Each expert cuts a picture as published, or all of them as the student does (`student.view.fit`), so that "
         "their tokens lie over each other; size, filter and normalisation stay their own. [code: published]",
     )
-    standardize: Literal["none", "centred"] = option(
+    standardize: Literal["none", "centred", "phi_s"] = option(
         "none",
         "`centred` takes each channel's mean off every expert but CLIP and divides all channels by one deviation, so "
-        "that geometry stays (close to PHI-S, arXiv 2410.01680, without its rotation); ours. [code: none]",
+        "that geometry stays; ours. `phi_s` also rotates so that all channels have variance one (PHI-S, arXiv "
+        "2410.01680). [code: none]",
     )
     shard_records: int = option(256, "Records a shard.")
-    batch: int = option(16, "Pictures a step of extraction.")
+    batch: int = option(
+        0, "Pictures a step of extraction; 0: as many as the devices' memory takes, 16 on CPUs. Halved when short of it."
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "In which experts compute while they are extracted, where their loader offers it."
+    )
 
     @property
     def names(self) -> tuple[str, ...]:

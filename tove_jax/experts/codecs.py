@@ -1,21 +1,21 @@
-"""How patch tokens are stored: float32, bf16, int8 or fp8, the last two with a scale a token.
+"""How patch tokens are stored: pooled or not, on principal axes or not, then quantised.
 
-Encoding is NumPy on the host; decoding uses only array methods, so it runs inside jit as well as
-on NumPy arrays. Only patches are coded: the summary and CLS attention are small and stay float32.
+A codec is written ``pool:24+pca:256+int8``, each part at most once, in this order:
 
-Largest error of a finite float32 value x in a token with largest magnitude m:
+- ``pool:n`` or ``pool:hxw``: area means over the grid, down to n x n cells (`tove_jax.experts.pooling`); they
+  are not undone, so the expert's grid is the smaller one from then on
+- ``pca:k``: k principal axes of the expert's tokens, fitted once; undone when decoding
+- a quantiser of `tove_jax.experts.quantize`: ``float32``, ``bf16`` (when none is named), ``fp8``, ``int8``,
+  ``int4`` or ``int4:g`` with groups of g channels
 
-- float32, 4 bytes a value: none
-- bf16, 2 bytes: ``abs(x) / 2**8``
-- int8, 1 byte: ``m / 254``
-- fp8 (e4m3), 1 byte: the larger of ``abs(x) / 16`` and ``m / (448 * 2**10)``
-
-each up to float32 rounding, and up to the smallest normal float32.
+Encoding is NumPy on the host; decoding uses only array operations, so it runs inside jit as well as on
+NumPy arrays. Only patches are coded: the summary and CLS attention are small and stay float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ import ml_dtypes
 import numpy as np
 
 from tove_jax.errors import InputError, nearest
+from tove_jax.experts import pooling, quantize
 from tove_jax.experts.base import ExpertFeatures
+from tove_jax.experts.spectrum import Basis
 
 if TYPE_CHECKING:
     from tove_jax.experts.manifest import Manifest
@@ -33,15 +35,115 @@ _DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int8": np.dtype(np.int8),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "uint8": np.dtype(np.uint8),
 }
-_STORED = {"float32": "float32", "bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
-# The largest code of each scaled codec: absmax of a token is mapped onto it.
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
-_TINY = np.finfo(np.float32).tiny
 
-CODECS: tuple[str, ...] = tuple(_STORED)
+QUANTIZERS: tuple[str, ...] = tuple(quantize.STORED)
 CODED = ("patches",)
 """The fields of `ExpertFeatures` that the codec touches; the others are float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """A codec, read from its text by `parse`; `str` gives the text back in one spelling.
+
+    Attributes:
+      quantizer: one of `QUANTIZERS`.
+      group: channels of an int4 group.
+      pool: (h, w), the largest grid that is stored; None: any.
+      pca: number of principal axes; None: all channels as they are.
+    """
+
+    quantizer: str
+    group: int = quantize.GROUP
+    pool: tuple[int, int] | None = None
+    pca: int | None = None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.pool:
+            high, wide = self.pool
+            parts.append(f"pool:{high}" if high == wide else f"pool:{high}x{wide}")
+        if self.pca:
+            parts.append(f"pca:{self.pca}")
+        grouped = self.quantizer == "int4" and self.group != quantize.GROUP
+        parts.append(f"int4:{self.group}" if grouped else self.quantizer)
+        return "+".join(parts)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the grid that is stored of an expert's grid."""
+        if self.pool is None:
+            return height, width
+        return pooling.pooled_side(height, self.pool[0]), pooling.pooled_side(width, self.pool[1])
+
+    def pooled(self, patches: Any) -> Any:
+        """Returns patches (..., H, W, D) on the grid that is stored; NumPy or JAX arrays, also traced."""
+        return patches if self.pool is None else pooling.pool(patches, *self.pool)
+
+
+@functools.cache
+def parse(text: str) -> Codec:
+    """Reads a codec.
+
+    Raises:
+      InputError: a part that does not exist (the nearest one is named), stands twice or in another place, or
+        a number that is none or out of range.
+    """
+    names = ("pool", "pca", *QUANTIZERS)
+    rank = {"pool": 0, "pca": 1} | dict.fromkeys(QUANTIZERS, 2)
+    found: dict[str, Any] = {}
+    last = -1
+    for part in text.split("+"):
+        name, colon, number = part.partition(":")
+        if name not in rank:
+            raise InputError(
+                f"codec {text!r}: expected parts pool:n, pca:k and one of {', '.join(QUANTIZERS)}, joined by '+', "
+                f"found {part!r}{nearest(name, names)}"
+            )
+        if rank[name] <= last:
+            raise InputError(f"codec {text!r}: {part!r}: expected pool, then pca, then one quantiser, each once")
+        last = rank[name]
+        if name in QUANTIZERS:
+            found["quantizer"] = name
+            if name != "int4" and colon:
+                raise InputError(f"codec {text!r}: {name!r} takes no number, found {part!r}")
+            if colon:
+                found["group"] = _number(text, part, number)
+                if found["group"] % 2:
+                    raise InputError(f"codec {text!r}: {part!r}: expected an even group, two values fill a byte")
+        elif name == "pool":
+            sides = [_number(text, part, side) for side in number.split("x")]
+            if len(sides) > 2:
+                raise InputError(f"codec {text!r}: expected pool:n or pool:hxw, found {part!r}")
+            found["pool"] = (sides[0], sides[-1])
+        else:
+            found["pca"] = _number(text, part, number)
+    return Codec(**{"quantizer": "bf16", **found})
+
+
+def codec_of(setting: str, expert: str) -> str:
+    """Returns an expert's codec from ``features.codec``, in `Codec`'s one spelling.
+
+    Args:
+      setting: one codec for all experts, or after it, or alone, ``expert=codec`` for single ones, with
+        commas between: ``int8,clip=bf16``.
+      expert: registered name.
+
+    Raises:
+      InputError: as `parse`; or no codec for this expert, or two.
+    """
+    chosen: dict[str, str] = {}
+    for item in setting.split(","):
+        name, equals, text = item.strip().rpartition("=")
+        if name in chosen:
+            raise InputError(f"features.codec {setting!r}: two codecs for {name or 'all experts'}")
+        chosen[name] = str(parse(text.strip()))
+        if equals and not name:
+            raise InputError(f"features.codec {setting!r}: expected expert=codec, found {item!r}")
+    found = chosen.get(expert, chosen.get(""))
+    if found is None:
+        raise InputError(f"features.codec {setting!r}: no codec for expert {expert!r}, nor one for all experts")
+    return found
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -55,53 +157,57 @@ def dtype_of(name: str) -> np.dtype:
     return _DTYPES[name]
 
 
-def _check(codec: str) -> None:
-    if codec not in _STORED:
-        raise InputError(f"codec: expected one of {', '.join(CODECS)}, found {codec!r}{nearest(codec, CODECS)}")
+def stored_shapes(codec: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of decoded fields, of those that the expert gives; both without the batch axis."""
+    found = {name: tuple(int(side) for side in shape) for name, shape in shapes.items()}
+    for name in CODED:
+        if name in found:
+            found[name] = (*parse(codec).grid(*found[name][:2]), *found[name][2:])
+    return found
 
 
 def payload_arrays(codec: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns what one record holds.
 
     Args:
-      codec: one of `CODECS`.
-      shapes: field of `ExpertFeatures` -> its shape without the batch axis.
+      codec: see `parse`.
+      shapes: field of `ExpertFeatures` -> its decoded shape without the batch axis (`stored_shapes`).
 
     Returns:
       payload array -> (shape, dtype name), in the order in which a record stores them.
     """
-    _check(codec)
+    parsed = parse(codec)
     arrays: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, shape in shapes.items():
         shape = tuple(int(side) for side in shape)
         if name not in CODED:
             arrays[name] = (shape, "float32")
             continue
-        arrays[name] = (shape, _STORED[codec])
-        if codec in _LARGEST:
-            arrays[f"{name}.scale"] = ((*shape[:-1], 1), "float32")
+        if parsed.pca:
+            shape = (*shape[:-1], parsed.pca)
+        arrays |= quantize.arrays(parsed.quantizer, shape, parsed.group, name)
     return arrays
 
 
-def encode(codec: str, array: Any, name: str = "patches", where: str = "array") -> dict[str, np.ndarray]:
-    """Encodes tokens; leading axes are kept, the last one is the channel.
-
-    The scale of int8 and fp8 is a float32 a token: half precision would overflow above 8.3e6 and
-    lose the small tokens, to save two bytes of some hundreds.
+def encode(
+    codec: str, array: Any, name: str = "patches", where: str = "array", *, basis: Basis | None = None
+) -> dict[str, np.ndarray]:
+    """Encodes tokens; leading axes are kept, the last one is the channel, the two before it the grid.
 
     Args:
-      codec: one of `CODECS`.
-      array: (..., D) of any float dtype.
-      name: key of the codes; the scale's is ``<name>.scale``.
+      codec: see `parse`.
+      array: (..., D) of any float dtype, (..., H, W, D) for a codec that pools.
+      name: key of the codes; further arrays' begin with ``<name>.``.
       where: what the array is, for the error.
+      basis: of a codec with PCA.
 
     Returns:
-      ``{name: (..., D)}`` and, for int8 and fp8, ``{"<name>.scale": float32 (..., 1)}``.
+      What `payload_arrays` names, with the leading axes.
 
     Raises:
-      InputError: a value that is not finite in float32, or an unknown codec.
+      InputError: a value that is not finite in float32, an unknown codec, or no basis for one with PCA.
     """
-    _check(codec)
+    parsed = parse(codec)
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(values).all():
@@ -110,54 +216,52 @@ def encode(codec: str, array: Any, name: str = "patches", where: str = "array") 
         raise InputError(
             f"{where}: expected finite values, found {values[first]} at {first} and {len(bad) - 1} more like it"
         )
-    dtype = _DTYPES[_STORED[codec]]
-    if codec == "float32":
-        return {name: values}
-    if codec == "bf16":
-        # Rounding up from beyond the largest bfloat16 would give infinity.
-        limit = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-        return {name: np.clip(values, -limit, limit).astype(dtype)}
-    largest = np.float32(_LARGEST[codec])
-    absmax = np.max(np.abs(values), axis=-1, keepdims=True, initial=0.0)
-    # Bounded above so that the largest code times the scale stays finite.
-    ceiling = np.nextafter(np.finfo(np.float32).max / largest, np.float32(0))
-    scale = np.minimum(absmax / largest, ceiling).astype(np.float32)
-    # Devices flush subnormal numbers to zero, so a token that small is stored as zero outright.
-    scale[scale < _TINY] = 0.0
-    codes = np.divide(values, scale, out=np.zeros_like(values), where=scale > 0)
-    codes = np.clip(np.rint(codes) if codec == "int8" else codes, -largest, largest)
-    return {name: codes.astype(dtype), f"{name}.scale": scale}
+    values = parsed.pooled(values)
+    if parsed.pca:
+        values = _basis(parsed, basis, where).project(values)
+    return quantize.encode(parsed.quantizer, values, parsed.group, name)
 
 
-def decode(codec: str, payload: Mapping[str, Any], name: str = "patches", dtype: Any = np.float32) -> Any:
+def decode(
+    codec: str,
+    payload: Mapping[str, Any],
+    name: str = "patches",
+    dtype: Any = np.float32,
+    *,
+    width: int | None = None,
+    basis: Basis | None = None,
+) -> Any:
     """Decodes what `encode` gave; NumPy arrays or JAX arrays, also traced.
 
     Args:
-      codec: one of `CODECS`.
-      payload: holds ``name`` and, for int8 and fp8, ``<name>.scale``; any leading axes.
+      codec: see `parse`.
+      payload: holds what `payload_arrays` names; any leading axes.
       name: key of the codes.
-      dtype: of the result; the product with the scale is taken in float32.
+      dtype: of the result; computes in float32.
+      width: channels D; read by int4 without PCA where its groups do not divide D.
+      basis: of a codec with PCA.
 
     Returns:
-      (..., D) of ``dtype``.
+      (..., D) of ``dtype``, on the pooled grid.
     """
-    _check(codec)
-    values = payload[name].astype(np.float32)
-    if codec in _LARGEST:
-        values = values * payload[f"{name}.scale"]
+    parsed = parse(codec)
+    values = quantize.decode(parsed.quantizer, payload, parsed.pca or width, name)
+    if parsed.pca:
+        values = _basis(parsed, basis, name).restore(values)
     return values.astype(dtype)
 
 
 def encode_features(
-    codec: str, features: ExpertFeatures, ids: Sequence[str], expert: str
+    codec: str, features: ExpertFeatures, ids: Sequence[str], expert: str, basis: Basis | None = None
 ) -> list[dict[str, np.ndarray]]:
     """Encodes a batch into one payload a record.
 
     Args:
-      codec: one of `CODECS`.
+      codec: see `parse`.
       features: leading axis at least ``len(ids)``; rows beyond are padding and ignored.
       ids: record ids, for the rows in order.
       expert: its name, for errors.
+      basis: of a codec with PCA.
 
     Raises:
       InputError: a value that is not finite; names the record, the expert and the field.
@@ -168,10 +272,10 @@ def encode_features(
         value = np.asarray(value)[:rows]
         codec_here = codec if name in CODED else "float32"
         try:
-            coded.update(encode(codec_here, value, name))
+            coded.update(encode(codec_here, value, name, basis=basis))
         except InputError:
             for row, id in enumerate(ids):
-                encode(codec_here, value[row], name, f"record {id!r}, expert {expert!r}, {name}")
+                encode(codec_here, value[row], name, f"record {id!r}, expert {expert!r}, {name}", basis=basis)
             raise
     return [{name: value[row] for name, value in coded.items()} for row in range(rows)]
 
@@ -188,43 +292,25 @@ def decode_features(manifest: Manifest, payload: Mapping[str, Any], dtype: Any =
       ExpertFeatures with leading axis B; fields that the store lacks are None.
     """
     fields = {}
-    for name in manifest.shapes:
+    for name, shape in manifest.shapes.items():
         if name in CODED:
-            fields[name] = decode(manifest.codec, payload, name, dtype)
+            fields[name] = decode(manifest.codec, payload, name, dtype, width=shape[-1], basis=manifest.basis)
         else:
             fields[name] = payload[name]
     return ExpertFeatures(**fields)
 
 
-@dataclasses.dataclass(frozen=True)
-class CodecError:
-    """What a codec costs and loses on some tokens.
-
-    Attributes:
-      bytes: stored bytes a record of these tokens.
-      relative: root of (sum of squared errors / sum of squares).
-      largest: largest absolute error.
-    """
-
-    bytes: float
-    relative: float
-    largest: float
+def _number(text: str, part: str, digits: str) -> int:
+    if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
+        raise InputError(f"codec {text!r}: {part!r}: expected a number of 1 or more behind the colon, found {digits!r}")
+    return int(digits)
 
 
-def reconstruction_errors(tokens: Any) -> dict[str, CodecError]:
-    """Returns, for each codec, its cost and its error on ``tokens`` (records, ..., D) float32."""
-    tokens = np.asarray(tokens, np.float32)
-    power = float(np.sum(np.square(tokens, dtype=np.float64)))
-    result = {}
-    for codec in CODECS:
-        payload = encode(codec, tokens)
-        error = decode(codec, payload).astype(np.float64) - tokens
-        result[codec] = CodecError(
-            bytes=sum(value.nbytes for value in payload.values()) / max(1, len(tokens)),
-            relative=float(np.sqrt(np.sum(np.square(error)) / power)) if power else 0.0,
-            largest=float(np.max(np.abs(error), initial=0.0)),
-        )
-    return result
+def _basis(codec: Codec, basis: Basis | None, where: str) -> Basis:
+    if basis is None or len(basis.components) != codec.pca:
+        found = "none" if basis is None else f"one of {len(basis.components)}"
+        raise InputError(f"{where}: codec {codec} needs a basis of {codec.pca} axes, found {found}")
+    return basis
 
 
 def _fields(features: ExpertFeatures) -> list[tuple[str, Any]]:

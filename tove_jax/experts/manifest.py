@@ -16,9 +16,17 @@ from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts import codecs
 from tove_jax.experts.base import ExpertCard
+from tove_jax.experts.media import SUFFIXES
+from tove_jax.experts.spectrum import Basis, digest
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)
+"""Versions that are read; the first had ArrayRecord files alone and no fitted bases."""
 FILE_NAME = "manifest.json"
+BASIS_FILE = "basis.safetensors"
+"""The axes of a codec with PCA, beside the manifest."""
+PHI_S_FILE = "phi_s.safetensors"
+"""The standardisation of ``features.standardize="phi_s"``, beside the manifest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +94,11 @@ class Manifest:
       complete: whether every shard is written.
       statistics: of the patches; None until complete.
       format: version of this layout.
+      medium: kind of the shards' files, see `tove_jax.experts.media`.
+      dtype: in which the expert computed.
+      basis_hash: of `BASIS_FILE`; None for a codec without PCA.
+      phi_s_hash: of `PHI_S_FILE`; None until it was fitted.
+      basis, phi_s: what these files hold; read with the manifest, not part of it.
     """
 
     expert: dict[str, str]
@@ -104,6 +117,12 @@ class Manifest:
     complete: bool = False
     statistics: Statistics | None = None
     format: int = FORMAT
+    medium: str = "arrayrecord"
+    dtype: str = "float32"
+    basis_hash: str | None = None
+    phi_s_hash: str | None = None
+    basis: Basis | None = dataclasses.field(default=None, compare=False, repr=False)
+    phi_s: Basis | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def record_bytes(self) -> int:
@@ -119,11 +138,14 @@ class Manifest:
             "codec": self.codec,
             "arrays": {name: [list(spec.shape), spec.dtype] for name, spec in self.arrays.items()},
         }
+        if self.basis_hash is not None:
+            parts["basis"] = self.basis_hash
         return _digest(parts)[:16]
 
     def to_json(self) -> bytes:
         """Returns the file's content: the same bytes for equal manifests."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names = {field.name for field in dataclasses.fields(self)} - {"basis", "phi_s"}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
         fields["arrays"] = {name: dataclasses.asdict(spec) for name, spec in self.arrays.items()}
         fields["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
         if self.statistics is not None:
@@ -146,8 +168,8 @@ class Manifest:
         except ValueError as error:
             raise InputError(f"{path}: expected JSON, found {error}") from error
         found = fields.get("format") if isinstance(fields, dict) else None
-        if found != FORMAT:
-            raise InputError(f"{path}: expected a feature store of format {FORMAT}, found format {found!r}")
+        if found not in FORMATS:
+            raise InputError(f"{path}: expected a feature store of format {FORMAT} or before, found format {found!r}")
         try:
             fields["shapes"] = {name: _shape(shape) for name, shape in fields["shapes"].items()}
             fields["arrays"] = {
@@ -156,6 +178,8 @@ class Manifest:
             fields["shards"] = tuple(ShardEntry(**shard) for shard in fields["shards"])
             if fields["statistics"] is not None:
                 fields["statistics"] = Statistics(**_tuples(fields["statistics"]))
+            if not {"basis", "phi_s"}.isdisjoint(fields):
+                raise KeyError("basis, phi_s")
             manifest = cls(**fields)
             written = codecs.payload_arrays(manifest.codec, manifest.shapes)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -166,6 +190,8 @@ class Manifest:
         total = sum(shard.records for shard in manifest.shards)
         if total != manifest.records:
             raise InputError(f"{path}: field shards: expected {manifest.records} records in all, found {total}")
+        if manifest.medium not in SUFFIXES:
+            raise InputError(f"{path}: field medium: expected {', '.join(SUFFIXES)}, found {manifest.medium!r}")
         bad = [shard.file for shard in manifest.shards if shard.file != Path(shard.file).name]
         if bad:
             raise InputError(f"{path}: field shards: expected plain file names, found {bad[0]!r}")
@@ -173,10 +199,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Reads the manifest of a store.
+        """Reads the manifest of a store, and the bases that it names.
 
         Raises:
-          InputError: there is none, or it does not read as one.
+          InputError: there is none, or it does not read as one; a basis that is missing or another one.
         """
         path = Path(folder) / FILE_NAME
         try:
@@ -185,7 +211,10 @@ class Manifest:
             raise InputError(
                 f"{path}: expected the manifest of a feature store ({error.strerror}); run `tove extract`"
             ) from error
-        return cls.from_json(text, path)
+        manifest = cls.from_json(text, path)
+        files = {BASIS_FILE: manifest.basis_hash, PHI_S_FILE: manifest.phi_s_hash}
+        basis, phi_s = (None if hash is None else _read_basis(path.parent / name, hash) for name, hash in files.items())
+        return dataclasses.replace(manifest, basis=basis, phi_s=phi_s)
 
     def require(
         self,
@@ -196,6 +225,8 @@ class Manifest:
         view: View | None = None,
         codec: str | None = None,
         shapes: Mapping[str, Sequence[int]] | None = None,
+        dtype: str | None = None,
+        basis_hash: str | None = None,
     ) -> None:
         """Refuses a store that holds something else than what is wanted; None is not compared.
 
@@ -205,7 +236,9 @@ class Manifest:
           weights_hash: as the expert is loaded now.
           view: what the expert is shown now.
           codec: as configured now.
-          shapes: field of `ExpertFeatures` -> shape without the batch axis.
+          shapes: field of `ExpertFeatures` -> shape without the batch axis, as stored.
+          dtype: in which the expert computes now.
+          basis_hash: of the axes that a codec with PCA is to have.
 
         Raises:
           InputError: names the field, the store's value and the wanted one.
@@ -231,19 +264,26 @@ class Manifest:
             )
         if codec is not None and codec != self.codec:
             raise InputError(f"{where}: stored with codec {self.codec}, not {codec}; {cure}")
+        if dtype is not None and dtype != self.dtype:
+            raise InputError(f"{where}: extracted in {self.dtype}, not {dtype}; {cure}")
+        if basis_hash is not None and basis_hash != self.basis_hash:
+            raise InputError(
+                f"{where}: stored on other principal axes ({self.basis_hash}) than wanted ({basis_hash}); {cure}"
+            )
         if shapes is not None:
             wanted = {name: _shape(shape) for name, shape in shapes.items()}
             if wanted != self.shapes:
                 raise InputError(f"{where}: holds {self.shapes} a record, but {wanted} is wanted; {cure}")
 
     def require_same(self, wanted: Manifest, where: Path | str) -> None:
-        """Refuses to continue a store that was begun with something else; `shard_records` may differ.
+        """Refuses to continue a store that was begun with something else; shards' size and medium may differ.
 
         Raises:
           InputError: names the field, the store's value and the wanted one.
         """
         self.require(where, expert=wanted.expert["name"], weights_hash=wanted.weights_hash, codec=wanted.codec)
-        self.require(where, view=View(**_tuples(wanted.view)), shapes=wanted.shapes)
+        self.require(where, view=View(**_tuples(wanted.view)), shapes=wanted.shapes, dtype=wanted.dtype)
+        self.require(where, basis_hash=wanted.basis_hash)
         if (self.ids_hash, self.records) != (wanted.ids_hash, wanted.records):
             raise InputError(
                 f"{where}: begun for {self.records} pictures of {self.source!r} (ids {self.ids_hash}), but "
@@ -262,6 +302,9 @@ def describe(
     source: str,
     source_licence: str,
     shard_records: int,
+    medium: str = "mmap",
+    dtype: str = "float32",
+    basis: Basis | None = None,
 ) -> Manifest:
     """Returns the manifest of a store about to be written.
 
@@ -274,10 +317,15 @@ def describe(
       source: name of the picture source.
       source_licence: its licence.
       shard_records: records a shard.
+      medium: kind of the shards' files.
+      dtype: in which the expert computes.
+      basis: of a codec with PCA, where it is known already.
 
     Raises:
-      InputError: no ids, an id given twice, an unknown codec, a shard size below 1.
+      InputError: no ids, an id given twice, an unknown codec or medium, a shard size below 1.
     """
+    if medium not in SUFFIXES:
+        raise InputError(f"features.medium: expected one of {', '.join(SUFFIXES)}, found {medium!r}")
     if shard_records < 1:
         raise InputError(f"shard_records: expected at least 1, found {shard_records}")
     if not ids:
@@ -293,12 +341,11 @@ def describe(
         shapes["summary"] = (card.summary_width,)
     if card.has_cls_attention:
         shapes["cls_attention"] = shapes["cls_scores"] = (height * width,)
+    codec = str(codecs.parse(codec))
+    shapes = codecs.stored_shapes(codec, shapes)
     count = -(-len(ids) // shard_records)
     shards = tuple(
-        ShardEntry(
-            f"shard-{index:05d}-of-{count:05d}.arrayrecord",
-            min(shard_records, len(ids) - index * shard_records),
-        )
+        ShardEntry(shard_name(index, count, medium), min(shard_records, len(ids) - index * shard_records))
         for index in range(count)
     )
     return Manifest(
@@ -315,7 +362,26 @@ def describe(
         records=len(ids),
         shard_records=shard_records,
         shards=shards,
+        medium=medium,
+        dtype=dtype,
+        basis_hash=None if basis is None else digest(basis.to_bytes()),
+        basis=basis,
     )
+
+
+def shard_name(number: int, count: int, medium: str) -> str:
+    """Returns a shard's file name."""
+    return f"shard-{number:05d}-of-{count:05d}{SUFFIXES[medium]}"
+
+
+def _read_basis(path: Path, expected: str) -> Basis:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; the store's manifest names it") from error
+    if digest(content) != expected:
+        raise InputError(f"{path}: expected sha256 {expected}, found {digest(content)}")
+    return Basis.from_bytes(content, path)
 
 
 def hash_ids(ids: Sequence[str]) -> str:

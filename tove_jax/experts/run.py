@@ -14,11 +14,14 @@ from tove_jax.data import make_source
 from tove_jax.data.picture import PictureSource
 from tove_jax.data.split import split
 from tove_jax.errors import InputError, nearest
-from tove_jax.experts import registry
+from tove_jax.experts import codecs, registry
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
-from tove_jax.experts.extract import claim, extract
+from tove_jax.experts.extract import extract
 from tove_jax.experts.manifest import Manifest
-from tove_jax.experts.store import FeatureStore, writing
+from tove_jax.experts.runner import Runner
+from tove_jax.experts.shards import claim, writing
+from tove_jax.experts.statistics import fit_phi_s
+from tove_jax.experts.store import FeatureStore
 from tove_jax.hf.start import start_folder
 
 FLIP_SUFFIX = "@flip"
@@ -79,15 +82,23 @@ def as_viewed(config: Config, card: ExpertCard) -> ExpertCard:
 
 
 def expert_cards(config: Config, workdir: Path, only: Sequence[str] | None = None) -> dict[str, ExpertCard]:
-    """Returns the card of every configured expert, or of some, as this run loads it.
+    """Returns the card of every configured expert, or of some, as this run loads it and stores its features.
+
+    A codec that pools makes the grid smaller.
 
     Raises:
-      InputError: an unknown expert, or one given twice.
+      InputError: an unknown expert, or one given twice; a codec that does not exist.
     """
     return {
-        name: as_viewed(config, registry.describe(spec, **load_options(config, workdir, name)))
+        name: as_stored(config, as_viewed(config, registry.describe(spec, **load_options(config, workdir, name))))
         for name, spec in chosen_experts(config, only).items()
     }
+
+
+def as_stored(config: Config, card: ExpertCard) -> ExpertCard:
+    """Returns an expert's card with the grid that its codec (``features.codec``) leaves of its own."""
+    codec = codecs.parse(codecs.codec_of(config.features.codec, card.name))
+    return dataclasses.replace(card, grid=codec.grid(*card.grid))
 
 
 def extract_all(
@@ -98,8 +109,12 @@ def extract_all(
     source: PictureSource | None = None,
     load: Callable[..., Expert] | None = None,
     progress: bool = True,
+    share: tuple[int, int] | None = None,
 ) -> dict[str, list[Path]]:
     """Extracts every configured expert: all pictures plain and, with ``data.flip``, the training ones mirrored.
+
+    Both are run by one compiled expert. The axes of a codec with PCA are fitted on training pictures and are the
+    same for both.
 
     Args:
       config: of the run; its features, data and student sections are used.
@@ -108,6 +123,7 @@ def extract_all(
       source: of the pictures; made from ``config.data`` when None.
       load: of experts, ``load(spec, **options)`` with `load_options`; the registry's when None.
       progress: show progress bars.
+      share: (i, n): only this share of the shards, see `extract`.
 
     Returns:
       expert's name -> its stores.
@@ -116,6 +132,7 @@ def extract_all(
       InputError: as `extract`; also an unknown expert, or one given twice.
     """
     specs = chosen_experts(config, experts)
+    chosen_codecs = {name: codecs.codec_of(config.features.codec, name) for name in specs}
     if load is None:
         load = registry.load
         for spec in specs.values():
@@ -131,24 +148,34 @@ def extract_all(
             # The first process to come makes the student's start; the others shall not replace it under its reader.
             with claim(Path(workdir) / "start.lock", wait=True):
                 options = load_options(config, Path(workdir), name)
+        dtype = config.features.dtype if registry.takes(spec, "dtype") else "float32"
+        if dtype != "float32":
+            options = {**options, "dtype": dtype}
         expert = load(spec, **options)
         expert = dataclasses.replace(expert, card=as_viewed(config, expert.card))
         runs = [(store_path(config, workdir, name), expert.card.view, everything)]
         if config.data.flip and len(sides.train):
             runs.append((store_path(config, workdir, name, flip=True), expert.card.view.flipped(), sides.train))
+        runner, basis = Runner(expert, config.features.batch), None
         for folder, view, indices in runs:
-            extract(
+            manifest = extract(
                 expert,
                 source,
                 indices,
                 folder,
-                codec=config.features.codec,
+                codec=chosen_codecs[name],
+                medium=config.features.medium,
                 shard_records=config.features.shard_records,
-                batch=config.features.batch,
+                runner=runner,
+                dtype=dtype,
                 view=view,
                 threads=config.data.threads,
                 progress=progress,
+                share=share,
+                basis=basis,
+                sample=sides.train if len(sides.train) else None,
             )
+            basis = manifest.basis
         stores[name] = [folder for folder, _, _ in runs]
     return stores
 
@@ -179,6 +206,12 @@ def open_stores(
         store = FeatureStore.open(path)
         shapes = {**store.manifest.shapes, "patches": (*card.grid, card.width)}
         store.manifest.require(path, expert=name, view=card.view.flipped() if flip else card.view, shapes=shapes)
+        if flip:
+            # The plain store's manifest says how both are decoded.
+            plain = Manifest.read(store_path(config, workdir, name))
+            store.manifest.require(path, codec=plain.codec, basis_hash=plain.basis_hash)
+        elif config.features.standardize == "phi_s" and name != "clip":
+            store.manifest = fit_phi_s(path)
         stores[name] = store
     return stores
 
@@ -197,5 +230,11 @@ def standardized(config: Config, name: str, manifest: Manifest, features: Expert
     moments = manifest.statistics
     if config.features.standardize == "none" or name == "clip" or moments is None:
         return features
+    if config.features.standardize == "phi_s":
+        if manifest.phi_s is None:
+            raise InputError(
+                f"features of expert {name!r}: standardize=phi_s was not fitted; open them by `open_stores`"
+            )
+        return features._replace(patches=manifest.phi_s.project(features.patches))
     mean = np.asarray(moments.channel_mean, np.float32)
     return features._replace(patches=(features.patches - mean) / np.float32(max(moments.centred_std, 1e-6)))
