@@ -40,6 +40,8 @@ class Published:
       multiple: sizes must be multiples of this.
       file: file of the hub repository that holds the weights, where it is none of the usual ones.
       extras: further named maps ``(module, params, pixels normalised) -> array``, for reports.
+      also: tables of other names under which the same weights are published; that table is used which
+        knows the most of the names found.
     """
 
     card: ExpertCard
@@ -52,6 +54,7 @@ class Published:
     multiple: int = 1
     file: str | None = None
     extras: Mapping[str, Callable[[nn.Module, Any, jax.Array], Any]] = dataclasses.field(default_factory=dict)
+    also: tuple[tuple[Rule, ...], ...] = ()
 
     def shapes(self, size: int | None = None) -> dict[str, tuple[int, ...]]:
         """Returns path and shape of every parameter at an input size; nothing is computed."""
@@ -60,12 +63,7 @@ class Published:
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns name and shape of every published array that is used."""
-        by_path = {rule.path: rule for rule in self.rules}
-        return {
-            name: by_path[path].published_shape(shape)
-            for path, shape in self.shapes().items()
-            for name in by_path[path].names(shape)
-        }
+        return _names(self.rules, self.shapes())
 
     def describe(self, *, weights: Path | None = None, size: int | None = None, dtype: str = "float32") -> ExpertCard:
         """Returns the card of the expert that `load` would give; same arguments and errors, nothing is read."""
@@ -118,7 +116,9 @@ class Published:
         arrays = read_arrays(path)
         if self.canonical is not None:
             arrays = self.canonical(arrays)
-        tree = to_tree(arrays, self.rules, self.shapes(), ignore=self.ignore, source=str(path))
+        shapes = self.shapes()
+        rules = max((self.rules, *self.also), key=lambda table: len(arrays.keys() & _names(table, shapes)))
+        tree = to_tree(arrays, rules, shapes, ignore=self.ignore, source=str(path))
         leaves = flatten(tree)
         for name, leaf in leaves.items():
             if leaf.dtype.kind not in "fV":  # ml_dtypes' bfloat16 and float8 are of kind V
@@ -152,10 +152,20 @@ class Published:
 
     def _check(self, size: int | None, dtype: str) -> None:
         name = self.card.name
-        if size is not None and (not isinstance(size, int) or size <= 0 or size % self.multiple):
+        allowed = isinstance(size, int) and size > 0 and size % self.multiple == 0
+        if not (size is None or size == self.card.view.size or allowed):
             raise InputError(f"expert {name}: size: expected a positive multiple of {self.multiple}, found {size!r}")
         if dtype not in _DTYPES:
             raise InputError(f"expert {name}: dtype: expected {', '.join(_DTYPES)}, found {dtype!r}")
+
+
+def _names(rules: tuple[Rule, ...], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    by_path = {rule.path: rule for rule in rules}
+    return {
+        name: by_path[path].published_shape(shape)
+        for path, shape in shapes.items()
+        for name in by_path[path].names(shape)
+    }
 
 
 def _abstract(module: nn.Module, size: int) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Tables of published names for the experts' encoders, a module a family of names."""
