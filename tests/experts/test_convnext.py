@@ -7,8 +7,11 @@ open_clip (MIT; ``pip install --no-deps timm torchvision open_clip_torch ftfy wc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -18,7 +21,7 @@ from tests.encoder_rules import draw_weights, read_names, write_names
 from tests.models.test_convnext import DEPTHS, WIDTHS, mend_torchvision
 from tove_jax.errors import InputError
 from tove_jax.experts import convnext, registry
-from tove_jax.hf.rules import flatten, to_arrays
+from tove_jax.hf.rules import flatten, to_arrays, unflatten
 from tove_jax.models.convnext import ConvNeXt
 
 NAMES = "convnext_names.json"
@@ -72,6 +75,15 @@ def test_published_names_of_the_reference(name) -> None:
         assert read_names(NAMES)[name] == published
 
 
+def whole(row):
+    """Returns the shapes of the published network's features, computed by nobody."""
+    module, side = row.build(row.card.view.size), row.card.view.size
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in row.shapes().items()}
+    pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    found = jax.eval_shape(functools.partial(row.features, module), unflatten(params), pixels)
+    return found.patches.shape, found.summary and found.summary.shape
+
+
 def test_cards_are_the_networks() -> None:
     assert len(ROWS) == 14
     for name, row in ROWS.items():
@@ -80,6 +92,8 @@ def test_cards_are_the_networks() -> None:
         assert card.width == card.summary_width == network.widths[-1]
         assert card.grid == (card.view.size // 32, card.view.size // 32)
         assert registry.cards()[name] == card
+    row = ROWS["convnext_xxl"]
+    assert whole(row) == ((1, 32, 32, 3072), (1, 3072))
     card = registry.describe("convnext_xxl:256")
     assert (card.view.size, card.grid, card.parameters) == (256, (8, 8), ROWS["convnext_xxl"].card.parameters)
     card = registry.describe("convnext_t:448")

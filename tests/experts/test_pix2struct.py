@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from skimage import data as photographs
 
 from tests.encoder_rules import ENCODERS, draw_weights, read_names, write_names
+from tests.experts.test_convnext import whole
 from tests.models.test_pix2struct import NETWORK, processor, reference_model
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
@@ -84,6 +85,7 @@ def test_cards_are_the_networks() -> None:
         assert row.card.parameters == sum(int(np.prod(shape)) for shape in row.shapes().values())
         assert registry.cards()[name] == row.card
         assert (row.card.grid, row.card.width) == ((32, 32), row.build(1024).width)
+        assert whole(row) == ((1, 32, 32, row.card.width), None)
     card = registry.describe("pix2struct_b:512")
     assert (card.view.size, card.grid, card.parameters) == (512, (16, 16), ROWS["pix2struct_b"].card.parameters)
     with pytest.raises(InputError, match="pix2struct_l: size: expected a positive multiple of 32, found 100"):

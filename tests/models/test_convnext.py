@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from tests.encoder_rules import ENCODERS, draw_input, draw_weights
+from tove_jax.config.schema import MeshConfig
 from tove_jax.errors import InputError
 from tove_jax.experts.convnext import RULES, TIMM_RULES
 from tove_jax.hf.rules import flatten, to_arrays, to_tree, unflatten
 from tove_jax.models.convnext import LOGICAL_AXES, ConvNeXt, ResponseNorm
-from tove_jax.parallel import logical_specs
+from tove_jax.parallel import logical_specs, make_mesh, shard_batch, tree_shardings
 
 GOLDEN = ENCODERS / "convnext_tiny.npz"
 WIDTHS, DEPTHS = (8, 16, 24, 40), (1, 2, 3, 2)
@@ -184,6 +185,20 @@ def test_every_parameter_has_axes() -> None:
         tree = jax.eval_shape(NETWORKS[kind][1].init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
         specs = logical_specs(tree, LOGICAL_AXES, "ConvNeXt")
         assert specs["stage2"]["fc1"]["kernel"] == ("layers", "embed", "mlp")
+
+
+def test_sharded_over_a_mesh(golden) -> None:
+    """Batch and widths split over eight devices: the same numbers."""
+    rules, network = NETWORKS["v2"]
+    shapes, names = published("v2")
+    params = to_tree(draw_weights(names), rules, shapes)
+    x = np.repeat(pixels("wide").transpose(0, 2, 3, 1), 2, axis=0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    split = jax.device_put(params, tree_shardings(params, logical_specs(params, LOGICAL_AXES, "ConvNeXt"), mesh))
+    assert not split["stage2"]["fc1"]["kernel"].sharding.is_fully_replicated
+    with jax.set_mesh(mesh):
+        last, _ = jax.jit(lambda params, x: network.apply({"params": params}, x))(split, shard_batch(x, mesh))
+    np.testing.assert_allclose(last, np.repeat(golden["v2/wide/stages/-1"], 2, axis=0), atol=1e-5)
 
 
 def test_refusals() -> None:

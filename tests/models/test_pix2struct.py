@@ -14,11 +14,12 @@ import pytest
 from skimage import data as photographs
 
 from tests.encoder_rules import ENCODERS, draw_weights
+from tove_jax.config.schema import MeshConfig
 from tove_jax.errors import InputError
 from tove_jax.experts.pix2struct import RULES
 from tove_jax.hf.rules import flatten, to_arrays, to_tree
 from tove_jax.models.pix2struct import LOGICAL_AXES, Pix2StructEncoder, patch_grid, render, standardise
-from tove_jax.parallel import logical_specs
+from tove_jax.parallel import logical_specs, make_mesh, shard_batch, tree_shardings
 
 GOLDEN = ENCODERS / "pix2struct_tiny.npz"
 NETWORK = Pix2StructEncoder(width=32, depth=3, heads=4, mlp_width=48, positions=16)
@@ -147,6 +148,23 @@ def test_every_parameter_has_axes() -> None:
     specs = logical_specs(abstract()[0], LOGICAL_AXES, "Pix2Struct")
     assert specs["layers"]["mlp"]["gate"]["kernel"] == ("layers", "embed", "mlp")
     assert specs["patch_embed"]["kernel"] == ("patch", "embed")
+
+
+def test_sharded_over_a_mesh(golden) -> None:
+    """Batch, widths and heads split over eight devices: the same numbers."""
+    _, shapes, names = abstract()
+    params = to_tree(draw_weights(names), RULES, shapes)
+    height, width, budget = CASES["tall"]
+    grid = patch_grid(height, width, budget)
+    x = np.asarray(render(standardise(jnp.asarray(picture("tall")[None])), grid))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    split = jax.device_put(params, tree_shardings(params, logical_specs(params, LOGICAL_AXES, "Pix2Struct"), mesh))
+    assert not split["layers"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda params, x: NETWORK.apply({"params": params}, x))
+        tokens, _ = run(split, shard_batch(np.repeat(x, 4, axis=0), mesh))
+    expected = np.broadcast_to(golden["tall/tokens"].reshape(1, *grid, 32), tokens.shape)
+    np.testing.assert_allclose(tokens, expected, atol=2e-5)
 
 
 def test_refusals() -> None:

