@@ -84,10 +84,10 @@ ROWS = (
             paper="Soria, Riba and Sappa, Dense Extreme Inception Network, WACV 2020, arXiv:1909.01955",
             weights="github.com/xavysp/DexiNed, 10_model.pth",
             licence="MIT",
-            # Published for single pictures as 512 x 512, whatever their aspect; here the centre square.
+            # Single pictures as released: 512 x 512, whatever their aspect.
             view=View(
                 size=512,
-                fit="crop",
+                fit="squash",
                 interpolation="bilinear",
                 mean=(103.939, 116.779, 123.68),
                 std=(1.0, 1.0, 1.0),

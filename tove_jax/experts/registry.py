@@ -9,12 +9,25 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from tove_jax.errors import InputError, nearest
-from tove_jax.experts import clip, convnext, edges, efficientnet_lite, eva02, hed, normals, pix2struct, pp_ocr, sam, vit
+from tove_jax.experts import (
+    clip,
+    convnext,
+    depth,
+    edges,
+    efficientnet_lite,
+    eva02,
+    hed,
+    normals,
+    pix2struct,
+    pp_ocr,
+    sam,
+    vit,
+)
 from tove_jax.experts.base import Expert, ExpertCard
 from tove_jax.experts.published import Published
 
 # Modules with `ROWS`, one line each.
-FAMILIES: tuple[ModuleType, ...] = (vit, convnext, pix2struct, eva02, sam, edges, normals)
+FAMILIES: tuple[ModuleType, ...] = (vit, convnext, pix2struct, eva02, sam, depth, edges, normals)
 
 
 class Entry(NamedTuple):
