@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from tove_jax.config.schema import AdapterConfig, Config
+from tove_jax.files.atomic import atomic_folder
 from tove_jax.models import vit
 
 
@@ -19,7 +21,7 @@ def start_folder(config: Config, workdir: Path) -> Path | str:
       config: ``student.initialize`` names a CLIP folder or hub id; empty starts from random weights,
         drawn from ``train.seed``.
       workdir: the run's folder; a random start is kept in its ``start``, so that every command of
-        the run sees the same one.
+        the run sees the same one. A run that goes on from another (``train.start_from``) has that one's.
 
     Returns:
       A folder, or the hub id as it is.
@@ -27,6 +29,10 @@ def start_folder(config: Config, workdir: Path) -> Path | str:
     if config.student.initialize:
         return config.student.initialize
     folder = Path(workdir) / "start"
+    handed = Path(config.train.start_from) / "start"
+    if not folder.exists() and config.train.start_from and handed.is_dir():
+        with atomic_folder(folder) as temporary:
+            shutil.copytree(handed, temporary, dirs_exist_ok=True)
     if not folder.exists():
         from tove_jax.hf.export import save_start
 

@@ -144,6 +144,11 @@ class Checkpoints:
         where = self.path / str(step)
         meta = _read_meta(self._manager, where, step)
         _check_settings(from_json(meta["config"], f"{where}/meta"), self._config, where)
+        if ("source" in meta["provenance"]) != ("source" in self._provenance):
+            before, now = ("with" if "source" in told else "without" for told in (meta["provenance"], self._provenance))
+            raise InputError(
+                f"{where}: config.train.start_from: began {before} another run's parameters, this run begins {now}"
+            )
         for name, value in meta["provenance"].items():
             if name in self._provenance and self._provenance[name] != value:
                 raise InputError(
@@ -274,6 +279,21 @@ def load_student(workdir: Path, step: int | None = None) -> tuple[Config, dict[s
     if isinstance(config.method, MergeConfig):
         params["student"] = fold(params, config)
     return config, params, provenance
+
+
+def require_finished(config: Config, found: int, run: Path, asked: int | None = None) -> None:
+    """Refuses a run that is not at its end, unless one of its steps was asked for.
+
+    Args:
+      config: the run's settings.
+      found: the step that was read.
+      run: the run's folder, for the error.
+      asked: the step asked for; None or 0: none.
+    """
+    if not asked and found < config.train.steps:
+        raise InputError(
+            f"{run}: is at step {found} of {config.train.steps}: run `tove train` to its end, or name a saved step"
+        )
 
 
 def load_settings(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any]]:

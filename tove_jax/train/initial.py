@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tove_jax.hf.start import start_folder
 from tove_jax.methods import merge
 from tove_jax.parallel import logical_specs, tree_shardings
 from tove_jax.parallel.sharding import replicated
+from tove_jax.train.handover import read_handover
 from tove_jax.train.merge import read_source
 from tove_jax.train.objective import DTYPES, logical_axes, make_student
 from tove_jax.train.state import TrainState, flatten, parameter_factors, split, unflatten
@@ -48,6 +50,9 @@ def initial_parameters(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns every parameter of a run before its first step, on the host.
 
+    With ``train.start_from`` they are another run's, see `tove_jax.train.handover.read_handover`; a merge, which
+    has its own source, does not read that setting.
+
     Args:
       config: the run's settings; ``train.seed`` draws adapters and method parameters.
       workdir: the run's folder.
@@ -55,7 +60,11 @@ def initial_parameters(
 
     Returns:
       ``{"student": tree, "method": tree}``, or for a merge ``{"student": tree, "teacher": tree}``; and hashes
-      of the weights behind them: ``start``, and a merge's, see `tove_jax.train.merge.read_source`.
+      of the weights behind them: ``start``, and a source's (`tove_jax.train.merge.read_source`,
+      `tove_jax.train.handover.Handover`).
+
+    Raises:
+      InputError: the start, or the source, does not fit the settings.
     """
     adapter_key, method_key = jax.random.split(jax.random.key(config.train.seed + 1))
     plain = start_parameters(config, workdir)
@@ -69,7 +78,14 @@ def initial_parameters(
     fresh = jax.jit(student.init)(adapter_key, jnp.zeros((1, size, size, 3)))["params"]
     merged = unflatten({**flatten(jax.device_get(fresh)), **start})
     extra = methods.get(config.method.name).init_extra(config, cards, student.grid**2, method_key)
-    return {"student": merged, "method": jax.device_get(extra)}, origins
+    params = {"student": merged, "method": jax.device_get(extra)}
+    if not config.train.start_from:
+        return params, origins
+    handed = read_handover(config, params, origins["start"])
+    if not jax.process_index():
+        for note in handed.notes:
+            print(f"train: from {config.train.start_from}: {note}", file=sys.stderr)
+    return handed.params, {**handed.origins, **origins}
 
 
 def state_shardings(config: Config, state: TrainState, mesh: Mesh) -> TrainState:

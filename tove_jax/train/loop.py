@@ -35,6 +35,7 @@ from tove_jax.experts.store import FeatureStore
 from tove_jax.parallel import check_replication, make_mesh, shard_batch
 from tove_jax.parallel.sharding import batch_sharding, replicated
 from tove_jax.train.checkpoint import Checkpoints
+from tove_jax.train.handover import handed_vocabulary
 from tove_jax.train.initial import initial_parameters, initial_state
 from tove_jax.train.metrics import MetricWriter, progress_bar, update_summary
 from tove_jax.train.objective import count, make_loss
@@ -114,6 +115,8 @@ def _make_loader(
     sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
     told = [source.captions[int(index)] for index in sides.train]
     words = methods.get(config.method.name).vocabulary(config, told)
+    if words is not None:
+        words = handed_vocabulary(config) or words  # a caption head that is handed over keeps its words
     loader = make_loader(
         source,
         sides.train,

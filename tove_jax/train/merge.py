@@ -13,7 +13,7 @@ from tove_jax.config.schema import Config, MergeConfig, ToVEConfig
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
 from tove_jax.files.weights import hash_arrays
-from tove_jax.train.checkpoint import load_settings, load_student
+from tove_jax.train.checkpoint import load_settings, load_student, require_finished
 from tove_jax.train.state import flatten
 
 # What a merge must have in common with its source; pictures, optimiser and loop are its own.
@@ -35,7 +35,7 @@ def merge_settings(run: Path | str, step: int | None = None) -> Config:
     """
     run = Path(run)
     stored, provenance = load_settings(run, step)
-    _require_finished(stored, provenance["step"], run, step)
+    require_finished(stored, provenance["step"], run, step)
     if isinstance(stored.method, MergeConfig):
         raise InputError(f"{run}: expected a run with experts or adapters to merge, found one that is merged already")
     settings, features = merged(stored, source=str(run), step=step or 0), stored.features
@@ -66,7 +66,7 @@ def read_source(config: Config, start_hash: str) -> tuple[dict[str, Any], dict[s
         raise InputError("config.method.source: expected the folder of a finished run; `tove merge RUN` fills it in")
     run = Path(method.source)
     stored, params, provenance = load_student(run, method.source_step or None)
-    _require_finished(stored, provenance["step"], run, method.source_step)
+    require_finished(stored, provenance["step"], run, method.source_step)
     _require_same(config, stored, run)
     if provenance["start"] != start_hash:
         raise InputError(
@@ -77,13 +77,6 @@ def read_source(config: Config, start_hash: str) -> tuple[dict[str, Any], dict[s
     params = jax.device_get(params)
     origins = {name: value for name, value in provenance.items() if name.startswith("expert/")}
     return params, {**origins, "source": hash_arrays(flatten(params))}
-
-
-def _require_finished(stored: Config, found: int, run: Path, asked: int | None) -> None:
-    if not asked and found < stored.train.steps:
-        raise InputError(
-            f"{run}: is at step {found} of {stored.train.steps}: run `tove train` to its end, or name a saved step"
-        )
 
 
 def _require_same(config: Config, stored: Config, run: Path) -> None:
