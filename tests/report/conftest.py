@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tove_jax.config.schema import Config
+from tove_jax.config.schema import Config, HawaiiConfig, MergeConfig, ToVEConfig
 from tove_jax.report.collect import ExpertFacts, Panel, PictureMaps, RunData, collect
 
 EXPERTS = ("clip", "efficientnet_lite0", "hed", "pp_ocr_det")
@@ -132,6 +133,66 @@ def run(workdir: Path) -> RunData:
         provenance={"step": 1500, "weights": {"clip": "0011223344556677"}},
         pictures=pictures(),
     )
+
+
+def _changed(known: RunData, folder: str, method: Any, history: list[dict[str, Any]], **student: Any) -> RunData:
+    """Returns an invented run of another method, with its settings and its history."""
+    config = Config(title=folder, method=method)
+    adapter = dataclasses.replace(config.student.adapter, **student)
+    config = dataclasses.replace(config, student=dataclasses.replace(config.student, layers=4, adapter=adapter))
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return dataclasses.replace(known, title=folder, config=plain, defaults=plain, history=tuple(history))
+
+
+def hawaii_run(known: RunData) -> RunData:
+    """Returns an invented HAWAII run: two groups of routers, the general one of layer 1 collapsed."""
+    history = []
+    for step in range(1, 30):
+        row: dict[str, Any] = {"step": step, "loss/total": 1 / step, "loss/fine": 0.5 / step, "loss/coarse": 0.4}
+        for name in EXPERTS:
+            row |= {f"loss/{name}/patches": 1 / step, f"target/{name}/variance": 0.1, f"score/{name}/peak": 1.2}
+        row["target/coarse/variance"] = 0.2
+        for layer in range(4):
+            loads = (0.4, 0.3, 0.2, 0.1, *((0.03, 0.95, 0.02) if layer == 1 else (0.3, 0.3, 0.4)))
+            row |= {f"router/load/{layer:02d}/{place}": load for place, load in enumerate(loads)}
+        history.append(row)
+    return _changed(known, "hawaii", HawaiiConfig(), history, kind="mola", teacher_experts=4, general_experts=3)
+
+
+def tove_run(known: RunData) -> RunData:
+    """Returns an invented ToVE run with the file of `tove detach`."""
+    names, history = EXPERTS[1:], []
+    for step in range(1, 30):
+        row: dict[str, Any] = {"step": step, "loss/total": 3 / step, "loss/text": 3 / step, "loss/aux": 1e-12}
+        for name, gate in zip(names, (0.5, 0.3, 0.2), strict=True):
+            row |= {f"gate/{name}": gate, f"gate/share/{name}": gate}
+        history.append({**row, "gate/entropy": 0.9})
+    order, rows = names[::-1], []
+    for gone in range(4):
+        attached = [name for name in names if name not in order[:gone]]
+        scores = {f"{task}{end}": 0.6 - 0.1 * gone for task in ("knn", "probe") for end in ("", "_low", "_high")}
+        times = {"encoder_ms": 2.0, "experts_ms": 5.0 * len(attached), "total_ms": 2 + 5.0 * len(attached)}
+        gone_last = order[gone - 1] if gone else None
+        rows.append({"attached": attached, "detached": gone_last, "text": 3.25, **scores, **times})
+    shares = {name: {"gate": 0.2, "share": 0.1} for name in names}
+    latency = {"batch": 8, "repeats": 2, "device": "cpu", "included": "all that counts", "experts": {}}
+    detach = {"pictures": {"calibration": 9, "held_out": 9}, "contribution": shares, "order": order}
+    found = _changed(known, "tove", ToVEConfig(), history, kind="none")
+    return dataclasses.replace(found, experts=names, detach={**detach, "latency": latency, "rows": rows})
+
+
+def merged_run(known: RunData) -> RunData:
+    """Returns an invented merge of a ToVE run, judged beside it."""
+    metrics = dict(known.metrics)
+    for task in ("knn", "probe"):
+        for name, value in (("source", 0.61), ("student_minus_source", -0.03)):
+            ends = {"": 0.0, "_low": -0.01, "_high": 0.01}
+            metrics |= {f"eval/{task}/{name}{end}": value + more for end, more in ends.items()}
+    metrics |= {"eval/merge/error/merged": 0.25, "eval/merge/error/tower": 1.5}
+    history = [{"step": step, "loss/total": 1 / step, "merge/error": 1 / step} for step in range(1, 9)]
+    source = ToVEConfig(attach_all=False, attached=("hed",))
+    method = MergeConfig(source="somewhere/runs/demo_tove", source_method=source, blocks=2)
+    return dataclasses.replace(_changed(known, "merged", method, history, kind="none"), metrics=metrics)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ import threading
 import numpy as np
 import pytest
 
-from tove_jax.report import page
-from tove_jax.report.collect import RunData, collect
+from tests.report.conftest import hawaii_run, merged_run, tove_run
+from tove_jax.report import page, scores
+from tove_jax.report.collect import Panel, RunData, collect
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 SECTIONS = (
@@ -114,6 +115,71 @@ def test_every_part_is_there(text):
     assert len(re.findall(r'<tr class="changed">', text)) == 4  # title, image size, width, layers
 
 
+def words_of(text):
+    return " ".join(" ".join(read(text).words).split())
+
+
+def test_a_run_of_hawaii_shows_both_groups_and_the_collapse(fabricated):
+    shown = page.render(hawaii_run(fabricated[1]))
+    words = words_of(shown)
+    assert "by HAWAII" in words and "Teacher-specific experts by layer" in words and "General experts by layer" in words
+    assert "efficientnet lite0" in words and "general 3" in words and "LoRA 0" not in words
+    assert "Even: 25 % each. No layer has collapsed." in words and "Even: 33 % each. Collapsed: layer 1." in words
+    assert shown.count('class="collapsed"') == 1
+    # One largest a layer and group, but for ties; every cell has its share.
+    assert shown.count("heat most") == 4 + 4 and shown.count('class="heat') >= 4 * 7
+    assert "Sharpness of the token scores" in words and "all, fused" in words
+    assert "Variance of the targets" in words and "Expert weights" not in words
+
+
+def test_a_run_of_tove_shows_gate_and_detaching(fabricated):
+    run = tove_run(fabricated[1])
+    shown = page.render(run)
+    words, reader = words_of(shown), read(shown)
+    ids = [attributes.get("id") for tag, attributes in reader.elements if tag == "section"]
+    assert "detach" in ids and "routing" not in ids
+    assert "enriched by ToVE" in words and "Whom do the tokens listen to?" in words and "Gate weight" in words
+    assert "Score of every encoder" in words and "Latency of every encoder" in words and "Text loss" in words
+    assert "17.0" in words and "Milliseconds a batch of 8 on cpu." in words
+    # A load-balance loss of nothing does not press the others flat.
+    assert "1e-12" not in words and "1e-11" not in words
+    before = page.render(dataclasses.replace(run, detach={}))
+    read(before)
+    assert "Run `tove detach`" in before
+
+
+def test_a_merge_says_what_it_lost(fabricated):
+    words = words_of(page.render(merged_run(fabricated[1])))
+    assert (
+        "merged from a run of ToVE" in words and "ToVE with hed beside it" in words and "demo_tove, last step" in words
+    )
+    assert "somewhere" not in words.partition("Settings Every")[0]
+    assert "the last 2 blocks, begun as the tower of the source; loss: mse" in words
+    assert "-3.0 -4.0 to -2.0" in words and "61.0" in words and "0.250" in words and "1.500" in words
+    assert "Whom does the student listen to?" not in words and "merged tower" in words
+    unjudged = dataclasses.replace(merged_run(fabricated[1]), metrics={})
+    assert "was not judged beside its source" in page.render(unjudged)
+
+
+def test_token_weights_have_a_section_where_there_are_any(fabricated):
+    run = fabricated[1]
+    panel = Panel("clip", "weights", np.zeros((8, 8, 3), np.uint8), "token weights", "clip", "1.20 ×")
+    pictures = tuple(dataclasses.replace(one, panels=(*one.panels, panel)) for one in run.pictures)
+    shown = page.render(dataclasses.replace(run, pictures=pictures))
+    assert "Which tokens count?" in shown and "1.20 ×" in shown and 'href="#weights"' in shown
+    assert "Which tokens count?" not in page.render(run)
+
+
+def test_a_run_of_a_comparison_has_what_that_judged_once(tmp_path):
+    folder = tmp_path / "row" / "seed1"
+    (folder / "eval").mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"eval/knn/student": 0.5}')
+    (tmp_path / "references.json").write_text('{"metrics": {"eval/knn/init": 0.25}}')
+    assert "eval/knn/init" not in collect(folder).metrics
+    (folder / "eval" / "compared.json").write_text("{}")
+    assert collect(folder).metrics == {"eval/knn/init": 0.25, "eval/knn/student": 0.5}
+
+
 def test_what_is_not_there_is_said_with_its_command(empty):
     assert empty.count('class="missing"') == 9
     assert "run `tove eval`" in empty and "run `tove train`" in empty
@@ -128,8 +194,8 @@ def test_foreign_text_stays_text(fabricated):
 
 def test_colours_stay_with_their_expert():
     experts = ("clip", "hed")
-    assert page.colour("hed", experts) == "var(--expert-1)" and page.colour("student", experts) == "var(--student)"
-    assert page.colour("unknown", experts) == "var(--ink)"
+    assert scores.colour("hed", experts) == "var(--expert-1)" and scores.colour("student", experts) == "var(--student)"
+    assert scores.colour("unknown", experts) == "var(--ink)"
 
 
 def test_partial_metrics_and_names_that_look_like_intervals(tmp_path):

@@ -65,3 +65,35 @@ def test_dots_stand_in_order_and_inside():
     for circle, line in zip(circles, whiskers, strict=True):
         assert float(line.attrib["x1"]) <= circle <= float(line.attrib["x2"])
     assert any("a & b: 90.0 %" in (title.text or "") for title in root.iter("title"))
+
+
+def test_a_curve_over_places_meets_its_values_and_its_words_fit():
+    places = [("3", "all"), ("2", "−\u00a0a rather long name"), ("1", "−\u00a0b"), ("0", "−\u00a0c")]
+    values = [0.6, 0.5, 0.55, 0.4]
+    low, high = [value - 0.1 for value in values], [value + 0.1 for value in values]
+    svg = plots.place_chart(places, [plots.Curve("k-NN", "red", values, low, high)], "alt", percent=True)
+    root = ElementTree.fromstring(svg)
+    heights = [float(one.attrib["cy"]) for one in root if one.tag == "circle"]
+    across = [float(one.attrib["cx"]) for one in root if one.tag == "circle"]
+    assert np.argsort(heights).tolist() == np.argsort([-value for value in values]).tolist()
+    np.testing.assert_allclose(np.diff(across), across[1] - across[0], atol=0.11)
+    slope = np.diff(heights) / np.diff(values)
+    np.testing.assert_allclose(slope, slope[0], rtol=0.01)
+    words = [one.text for one in root if one.tag == "text"]
+    assert "60 %" in words and "−\u00a0a rather long" in words and "name" in words
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    for one in (one for one in root if one.tag == "text"):
+        assert 0 < float(one.attrib["x"]) < width and 0 < float(one.attrib["y"]) <= height
+
+
+def test_many_lines_get_room_for_their_names():
+    series = [plots.Series(f"layer {place}", "red", [0, 1], [0.5, 0.5]) for place in range(24)]
+    root = ElementTree.fromstring(plots.line_chart(series, "alt", from_zero=True))
+    named = sorted(float(one.attrib["y"]) for one in root if one.tag == "text" and one.text.startswith("layer"))
+    assert len(named) == 24 and min(np.diff(named)) > 14 and named[0] > 0
+
+
+def test_what_is_nothing_does_not_press_a_logarithmic_chart_flat():
+    series = [plots.Series("big", "red", [0, 1], [1.0, 2.0]), plots.Series("none", "red", [0, 1], [1e-14, 0.1])]
+    svg = plots.line_chart(series, "alt", logarithmic=True)
+    assert "1e-14" not in svg and ">0.0001<" in svg

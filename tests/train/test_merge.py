@@ -12,14 +12,16 @@ from tests.train.conftest import ROOT, overrides
 from tove_jax.cli.export import export_run
 from tove_jax.cli.main import main
 from tove_jax.config import from_file, to_json
+from tove_jax.config.derive import detach
 from tove_jax.config.schema import AdapterConfig, MoveKDConfig
 from tove_jax.errors import InputError
+from tove_jax.eval.run import evaluate_run, prepare_ground
 from tove_jax.hf import clip
 from tove_jax.hf.export import save_start
 from tove_jax.hf.load import load_clip
 from tove_jax.methods import merge
 from tove_jax.models import vit
-from tove_jax.train.checkpoint import load_student
+from tove_jax.train.checkpoint import load_settings, load_student
 from tove_jax.train.loop import train
 from tove_jax.train.merge import merge_settings
 from tove_jax.train.metrics import read_rows
@@ -123,6 +125,29 @@ def test_a_tove_run_is_merged_judged_exported_and_reported_by_the_commands(tove_
     assert "distilled by ToVE, then merged into one tower, from" in (folder / "export" / "README.md").read_text()
     assert main(["report", f"--workdir={folder}", "--pictures=0"]) == 0
     assert "the run that was merged" in (folder / "report.html").read_text()
+
+
+def test_a_run_is_judged_without_its_experts_and_beside_what_was_judged_before(tove_source, tmp_path):
+    stored = load_settings(tove_source)[0]
+    stored = dataclasses.replace(
+        stored,
+        student=dataclasses.replace(stored.student, initialize=str(tove_source / "start")),
+        eval=dataclasses.replace(stored.eval, neighbours=3, resamples=5),
+    )
+    ground = prepare_ground(stored, tmp_path)
+    assert {"eval/knn/pixels", "eval/knn/init", "eval/knn/clip"} <= set(ground.metrics)
+    assert "eval/linear_error/init/clip" in ground.metrics and "eval/knn/student" not in ground.metrics
+
+    bare = evaluate_run(detach(stored, stored.features.names), tmp_path, run=tove_source, ground=ground)
+    # Without experts the tokens are the start's own.
+    assert bare["eval/knn/student_minus_init"] == 0 and bare["eval/knn/student"] == ground.metrics["eval/knn/init"]
+    assert "eval/knn/init" not in bare and "eval/linear_error/student/clip" in bare
+    answers = json.loads((tmp_path / "eval" / "predictions.json").read_text())
+    assert list(answers["knn"]) == ["student"] and not (tmp_path / "checkpoints").exists()
+    # With all of them it is what the run's own evaluation says.
+    whole = evaluate_run(stored, tmp_path / "whole", run=tove_source, ground=ground)
+    own = evaluate_run(stored, tove_source)
+    assert all(own[name] == value for name, value in (whole | ground.metrics).items())
 
 
 def test_commands_without_a_config_file_want_a_trained_run(source, tmp_path, capsys):
