@@ -185,6 +185,9 @@ def _weight_words(run: RunData) -> dict[str, str]:
         "over the experts of a token. All maps have one scale; below each, its mean weight.",
     }
     tokens["merge"] = tokens["tove"].replace("the gate's", "the source's gate")
+    source = {"probs": "CLIP's attention", "scores": "a softmax of CLIP's attention scores"}.get(
+        method.get("token_weight_source", ""), "a softmax of CLIP's attention, which makes it nearly even"
+    )
     if method.get("teacher_weighting", True):
         weights = "CLIP's is pinned by the method, the others share the rest by their agreement with CLIP."
     else:
@@ -192,8 +195,8 @@ def _weight_words(run: RunData) -> dict[str, str]:
     return {
         "tokens": tokens.get(
             method.get("name", ""),
-            "What each token counts in the loss beside its even share: CLIP's attention after a softmax. Dark is a "
-            "picture's least weight, bright its largest; below each, the largest over the mean.",
+            f"What each token counts in the loss beside its even share: {source}. Dark is a picture's least weight, "
+            "bright its largest; below each, the largest over the mean.",
         ),
         "weights": f"Mean over a batch; together they make one. {weights}",
     }
