@@ -1,7 +1,6 @@
 """ToVE's transfer phase at the paper's size: CLIP ViT-B/16 at 224, five experts, on a captioned folder.
 
-The experts are named as they are to be registered: a depth, a normals and an edges network that give maps,
-and two that give tokens (`tove experts` lists what is there; `tove_jax.experts.registry.register` adds one).
+DPT's depth, NLL-AngMF's surface normals and DexiNed's edges are maps; DINOv2 and EVA-02-CLIP give tokens.
 """
 
 from ml_collections import ConfigDict

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from skimage import data as photographs
 
 from tests.encoder_rules import read_names, write_names
 from tests.models.test_dpt import ANYTHING, DPT, published, write_checkpoint
+from tove_jax.config import from_file
 from tove_jax.errors import InputError
 from tove_jax.experts import depth, registry
 from tove_jax.hf.rules import to_arrays, to_tree
@@ -128,6 +130,15 @@ def test_view_is_the_references(name):
     found = view.normalize(view.cut(photo))
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() * max(view.std) <= LEVEL
+
+
+def test_every_expert_of_tove_is_registered():
+    """The maps have what its stems take, 1 to 3 channels, at the size of the picture."""
+    config = from_file(f"{Path(__file__).parents[2]}/configs/tove_vit_b.py")
+    cards = {name: registry.describe(name) for name in config.features.names}
+    assert config.method.map_experts == ("depth", "normals", "edges")
+    for name in config.method.map_experts:
+        assert 1 <= cards[name].width <= 3 and cards[name].grid == (cards[name].view.size,) * 2
 
 
 def test_licences():

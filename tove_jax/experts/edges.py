@@ -82,7 +82,8 @@ ROWS = (
             name="edges",
             title="DexiNed edge detector (BIPED)",
             paper="Soria, Riba and Sappa, Dense Extreme Inception Network, WACV 2020, arXiv:1909.01955",
-            weights="github.com/xavysp/DexiNed, 10_model.pth",
+            # A copy of the authors' 10_model.pth (github.com/xavysp/DexiNed).
+            weights="kornia/dexined",
             licence="MIT",
             # Single pictures as released: 512 x 512, whatever their aspect.
             view=View(
@@ -105,6 +106,7 @@ ROWS = (
         ignore=IGNORE,
         canonical=canonical,
         multiple=STRIDE,
+        file="DexiNed_BIPED_10.pth",
         extras={"sides": sides},
     ),
 )

@@ -100,7 +100,8 @@ ROWS = (
             title="NLL-AngMF surface normals, EfficientNet-B5 (ScanNet)",
             paper="Bae, Budvytis and Cipolla, Aleatoric Uncertainty in Surface Normal Estimation, ICCV 2021, "
             "arXiv:2109.09881",
-            weights="github.com/baegwangbin/surface_normal_uncertainty, scannet.pt",
+            # A copy of the authors' file (github.com/baegwangbin/surface_normal_uncertainty), whose licence this is.
+            weights="lllyasviel/Annotators",
             licence="MIT",
             # Published as 640 x 480, whatever the picture's aspect; here the centre square of that height.
             view=View(size=480, fit="crop", interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -115,6 +116,7 @@ ROWS = (
         ignore=IGNORE,
         canonical=canonical,
         multiple=STRIDE,
+        file="scannet.pt",
         extras={"concentration": concentration},
     ),
 )

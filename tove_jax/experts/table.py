@@ -45,6 +45,12 @@ layer's attention from CLS. SAM: the neck's map. EVA-02: the last layer's map, w
 stage's map before norm and pooling, the normed mean as summary. Pix2Struct: the encoder's output, resized bilinearly
 (corners kept) to a token for every 32 pixels, as MoVE-KD does.
 
+**Maps.** `depth`, `depth_anything_*`, `normals` and `edges` give a map of the size of their input, for ToVE's
+`map_experts`: inverse depth up to scale and shift; unit normals (x, y, z), their concentration as an extra; the
+probability of an edge, that of each block as an extra. DPT and DexiNed squash the whole picture into a square, as
+published; Depth Anything sees the centre square; NLL-AngMF, published for 640 x 480, too. Their sizes are multiples
+of 32 (`depth`, `normals`), 16 (`edges`) or 14.
+
 **Cost**, milliseconds a picture on 2 CPU cores in float32, batches of 16:
 
 | size | 64 | 96 | 112 | 128 | 160 | 224 |
