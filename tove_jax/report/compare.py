@@ -24,7 +24,7 @@ def draw(result: Mapping[str, Any]) -> str:
         rows = []
         for row in result["rows"]:
             first = row["row"] == result["baseline"]
-            colour = "var(--pixels)" if first else "var(--student)"
+            colour = "var(--pixels)" if first else "var(--source)" if row["of"] else "var(--student)"
             rows.append(plots.Bar(row["row"], colour, *(row[f"{task}/{name}"] for name in ("mean", "low", "high"))))
         start = result["references"].get(f"{task}/init")
         said = ", ".join(f"{row.name} {100 * row.value:.1f} %" for row in rows)
@@ -33,5 +33,6 @@ def draw(result: Mapping[str, Any]) -> str:
         counts = {row["seeds"] for row in result["rows"]}
         seeds = "one seed" if counts == {1} else "mean over seeds"
         dashed = "" if start is None else "; dashed: the start"
-        charts.append((f"Accuracy by {words}: {seeds}, 95 % over pictures{dashed}", chart))
+        derived = "; blue: made of another row's runs" if any(row["of"] for row in result["rows"]) else ""
+        charts.append((f"Accuracy by {words}\n{seeds}, 95 % over pictures{dashed}{derived}", chart))
     return plots.sheet(charts)

@@ -336,7 +336,8 @@ def sheet(charts: Sequence[tuple[str, str]]) -> str:
     """Puts charts below each other into one SVG that stands alone, with the report's colours, light and dark.
 
     Args:
-      charts: title and ``<svg>`` element of each, as the functions above give them.
+      charts: title, perhaps with a second line of words, and ``<svg>`` element of each, as the functions above
+        give them.
 
     Returns:
       The text of an SVG file.
@@ -347,9 +348,11 @@ def sheet(charts: Sequence[tuple[str, str]]) -> str:
     body, top, widest = [], 16, 0
     for title, chart in charts:
         width, height = (int(side) for side in re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)[0])
-        body.append(_text(24, top + 14, title, "name"))
-        body.append(chart.replace("<svg ", f'<svg x="12" y="{top + 24}" width="{width}" height="{height}" ', 1))
-        top += height + 40
+        for line, words in enumerate(title.splitlines()):
+            top += 18 if line else 14
+            body.append(_text(24, top, words, "tick" if line else "name"))
+        body.append(chart.replace("<svg ", f'<svg x="12" y="{top + 10}" width="{width}" height="{height}" ', 1))
+        top += height + 26
         widest = max(widest, width + 24)
     font = "svg { font: 12.5px var(--sans); font-variant-numeric: tabular-nums; }"
     return (
