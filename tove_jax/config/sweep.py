@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tove_jax.config.derive import MERGE_SOURCE_FIELDS, detach, merged
 from tove_jax.config.door import freeze
 from tove_jax.config.schema import Config, MergeConfig
+from tove_jax.config.specs import expert_name
 from tove_jax.errors import InputError, nearest
 
 #: Settings that every row has alike: then start, features and held-out pictures are the same, and rows can be paired.
@@ -82,12 +83,15 @@ class Sweep:
       seeds: of every row.
       baseline: name of the row that all others are compared with.
       orders: what the papers found, to be held against what is found.
+      start: settings of a run that is trained once, before all others, and whose tower every row starts from;
+        None: random weights, or what the rows' own ``student.initialize`` says.
     """
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     baseline: str
     orders: tuple[Order, ...] = ()
+    start: Config | None = None
 
     def only(self, rows: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:
         """Returns a part of the sweep.
@@ -139,19 +143,20 @@ def check(values: Any, where: str) -> Sweep:
     """Checks a sweep and freezes its settings.
 
     Args:
-      values: ``{"baseline": name, "seeds": (1, 2, ...), "rows": [...], "orders": [...]}``. A row is ``{"name":
+      values: ``{"baseline": name, "seeds": (1, 2, ...), "rows": [...], "orders": [...], "start": ConfigDict}``. A row is ``{"name":
         ..., "config": ConfigDict, "against": name of a row above, may be left out}``, or derived of one above:
         ``{"name": ..., "of": name, "detached": names of experts}``, or ``{"name": ..., "of": name, "merge":
         fields of MergeConfig, "settings": {"train.steps": ..., "optim.lr": ...}}`` (also may be left out). An
-        order is ``(worse row, better row, where the paper says so)``; ``orders`` may be left out.
+        order is ``(worse row, better row, where the paper says so)``; ``orders`` may be left out, and so may
+        ``start``, the settings of a run whose tower all rows start from.
       where: the file, for errors.
 
     Raises:
       InputError: an unknown or missing field, a name twice or unfit for a folder, an unknown baseline,
-        ``against``, ``of`` or row of an order, settings that the schema refuses, or rows that differ in a field
-        of `SHARED`, or in the size they give an expert.
+        ``against``, ``of`` or row of an order, settings that the schema refuses, rows that differ in a field
+        of `SHARED`, or in the size they give an expert, or a start that no row could begin from.
     """
-    _fields(values, ("baseline", "seeds", "rows"), ("orders",), where)
+    _fields(values, ("baseline", "seeds", "rows"), ("orders", "start"), where)
     if not isinstance(values["rows"], (list, tuple)) or not values["rows"]:
         raise InputError(f"{where}: rows: expected a list of rows, found {values['rows']!r}")
     baseline = values["baseline"]
@@ -184,7 +189,26 @@ def check(values: Any, where: str) -> Sweep:
         raise InputError(f"{where}: baseline: no row {baseline!r}{nearest(str(baseline), names)}")
     _check_shared(rows, where)
     orders = _orders(values.get("orders", ()), names, where)
-    return Sweep(tuple(rows), _seeds(values["seeds"], f"{where}: seeds"), baseline, orders)
+    start = _start(values["start"], rows[0].config, f"{where}: start") if "start" in values else None
+    return Sweep(tuple(rows), _seeds(values["seeds"], f"{where}: seeds"), baseline, orders, start)
+
+
+def _start(values: Any, row: Config, where: str) -> Config:
+    """Returns the settings of the run that makes the start: a tower of the rows' shape, for rows without another."""
+    start = freeze(values, where=where)
+    if row.student.initialize:
+        raise InputError(f"{where}: the rows start from student.initialize '{row.student.initialize}', expected none")
+    if start.student.adapter.kind != "none" or start.method.name == "tove":
+        raise InputError(
+            f"{where}: expected a plain tower that trains, found '{start.student.adapter.kind}' adapters "
+            f"under method '{start.method.name}'"
+        )
+    for path in SHARED:
+        if path.startswith("student.") and path not in ("student.initialize", "student.feature"):
+            ours, theirs = _at(start, path), _at(row, path)
+            if ours != theirs:
+                raise InputError(f"{where}.{path}: expected what the rows have, {theirs!r}, found {ours!r}")
+    return start
 
 
 def _derived(given: Mapping[str, Any], against: str, rows: Sequence[Row], where: str) -> Row:
@@ -273,7 +297,7 @@ def _check_shared(rows: Sequence[Row], where: str) -> None:
                     f"since rows share start, features and pictures; found {ours!r}"
                 )
         for spec in row.config.features.experts:
-            other, owner = specs.setdefault(spec.partition(":")[0], (spec, row.name))
+            other, owner = specs.setdefault(expert_name(spec), (spec, row.name))
             if other != spec:
                 raise InputError(
                     f"{where}: row '{row.name}': config.features.experts: expected '{other}' as in row '{owner}', "

@@ -4,6 +4,7 @@ Layout of a comparison's folder::
 
     start/, features/               one start and one store of each expert, for all runs
     references.json                 pixels, the start and the experts, judged once for all runs
+    start-run/                      the run that made the start, where the sweep has one
     <row>/seed<k>/                  a run's folder, with eval/compared.json when it is done
     compare.json, compare.md        what `tove_jax.eval.comparison.collect` finds, and its table
 
@@ -32,8 +33,9 @@ from tove_jax.eval.run import Ground, evaluate_run, prepare_ground
 from tove_jax.experts.extract import claim
 from tove_jax.experts.run import chosen_experts, extract_all
 from tove_jax.files.atomic import atomic_write_json
+from tove_jax.hf.export import save_start
 from tove_jax.hf.start import start_folder
-from tove_jax.train.checkpoint import FREE_FIELDS
+from tove_jax.train.checkpoint import FREE_FIELDS, load_student
 from tove_jax.train.loop import train as train_run
 from tove_jax.train.state import flatten
 
@@ -155,10 +157,10 @@ def run_sweep(
     ground: Callable[[Config, Path], Ground] = prepare_ground,
     progress: bool = True,
 ) -> int:
-    """Extracts what the rows' experts lack, then trains and judges every run that is not done, seed by seed.
+    """Makes the start and what the rows' experts lack, then trains and judges every run that is not done.
 
     A run that was stopped goes on from its checkpoint. All rows have a seed before the next one begins, so
-    that a comparison that is stopped early is still one.
+    that a comparison that is stopped early is still one. A start that is trained is trained once, with the file's seed.
 
     Args:
       sweep: what to compare.
@@ -189,6 +191,8 @@ def run_sweep(
         runs = states(sweep, workdir)
         if all(one.done for one in runs):
             return 0
+        if status := _make_start(sweep, workdir, train, extract, progress):
+            return status
         shared = _prepare(sweep, workdir, extract, ground, progress)
         for number, (row, seed, *_) in enumerate(runs, 1):
             # Asked again: the run that a derived one was made of may have answered otherwise this time.
@@ -204,6 +208,42 @@ def run_sweep(
             # No row runs another's programs, and forty runs' would stay in memory.
             jax.clear_caches()
             gc.collect()
+    return 0
+
+
+def _make_start(
+    sweep: Sweep, workdir: Path, train: Callable[..., int], extract: Callable[..., Any], progress: bool
+) -> int:
+    """Trains the tower that all rows start from, where the sweep has settings for it, and keeps it in ``start``.
+
+    Returns:
+      0, or the status of a training that was stopped.
+
+    Raises:
+      InputError: the start that is there was made in another way.
+    """
+    start, folder, made = workdir / "start", workdir / "start-run", workdir / "start.json"
+    wanted = {"format": FORMAT, "config": settings_hash(sweep.start) if sweep.start else ""}
+    if start.exists():
+        found = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else wanted | {"config": ""}
+        if found != wanted:
+            raise InputError(
+                f"{start}: expected the start that the sweep's settings make, found one made in another way; "
+                "its runs cannot be gone on with: take another --workdir"
+            )
+        return 0
+    if sweep.start is None:
+        return 0
+    config = dataclasses.replace(sweep.start, title=sweep.start.title or "start")
+    print("compare: the start of all rows", file=sys.stderr)
+    extract(config, folder, progress=progress)
+    if status := train(config, folder, progress=progress):
+        return status
+    stored, params, _ = load_student(folder)
+    atomic_write_json(made, wanted)
+    student = dataclasses.replace(stored.student, initialize=str(folder))
+    save_start(dataclasses.replace(stored, student=student), params["student"], start)
+    jax.clear_caches()
     return 0
 
 
