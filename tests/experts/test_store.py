@@ -19,7 +19,7 @@ from tove_jax.errors import InputError
 from tove_jax.experts import codecs, statistics, store
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
 from tove_jax.experts.extract import extract
-from tove_jax.experts.manifest import FILE_NAME, Manifest, Moments
+from tove_jax.experts.manifest import BASIS_FILE, FILE_NAME, Manifest, Moments
 from tove_jax.experts.media import SUFFIXES, stride
 from tove_jax.experts.shards import ShardWriter
 from tove_jax.experts.store import FeatureStore, verify_store
@@ -257,6 +257,10 @@ def test_unfinished_store(damaged):
         FeatureStore.open(damaged)
 
 
+def _features_command(action, *paths):
+    return command.run(types.SimpleNamespace(action=action, path=paths, records=4, codecs=None, workdir=None))
+
+
 def test_verify_reports_every_fault_by_id(damaged, capsys):
     for id in ("bär/2", "bär/3", "bär/17"):
         _flip_byte(damaged, id)
@@ -265,8 +269,38 @@ def test_verify_reports_every_fault_by_id(damaged, capsys):
     assert len(problems) == 3
     for id, problem in zip(("bär/2", "bär/3", "bär/17"), problems, strict=True):
         assert repr(id) in problem
-    assert command.run(types.SimpleNamespace(action="verify", path=damaged.parent, records=4)) == 1
+    assert _features_command("verify", damaged.parent) == 1
     assert "'bär/17'" in capsys.readouterr().out
+
+
+def test_a_store_of_the_first_format_opens_and_is_continued(damaged):
+    """Such stores have ArrayRecord files, and manifests without the fields that came later."""
+    if Manifest.read(damaged).medium != "arrayrecord":
+        pytest.skip("the first format had one medium")
+    wanted = FeatureStore.open(damaged).features(Toys.ids).patches
+    fields = json.loads((damaged / FILE_NAME).read_text())
+    later = ("medium", "dtype", "basis_hash", "phi_s_hash")
+    fields = {name: value for name, value in fields.items() if name not in later}
+    (damaged / FILE_NAME).write_text(json.dumps({**fields, "format": 1}))
+    for path in damaged.glob("shard-*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    np.testing.assert_array_equal(FeatureStore.open(damaged).features(Toys.ids).patches, wanted)
+    _shard(damaged, 1).unlink()
+    manifest = extract(EXPERT, Toys(), range(COUNT), damaged, medium="mmap", **OPTIONS)
+    assert manifest.complete and (manifest.format, manifest.medium) == (1, "arrayrecord")
+    np.testing.assert_array_equal(FeatureStore.open(damaged).features(Toys.ids).patches, wanted)
+
+
+def test_axes_that_are_another_stores(tmp_path):
+    extract(EXPERT, Toys(), range(COUNT), tmp_path / "toy", codec="pca:4+int8", **OPTIONS)
+    file = tmp_path / "toy" / BASIS_FILE
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=f"{BASIS_FILE}: expected sha256"):
+        FeatureStore.open(tmp_path / "toy")
+    file.unlink()
+    with pytest.raises(InputError, match=f"{BASIS_FILE}: cannot be read"):
+        FeatureStore.open(tmp_path / "toy")
 
 
 def test_verify_sees_bytes_outside_records(damaged):
@@ -281,7 +315,7 @@ def test_verify_sees_bytes_outside_records(damaged):
 
 def test_ls_and_stats(folder, capsys):
     for action in ("ls", "verify", "stats"):
-        assert command.run(types.SimpleNamespace(action=action, path=folder, records=4)) == 0
+        assert _features_command(action, folder) == 0
     text = capsys.readouterr().out
     manifest = Manifest.read(folder)
     grid = "x".join(map(str, manifest.shapes["patches"]))
@@ -289,7 +323,7 @@ def test_ls_and_stats(folder, capsys):
         assert part in text
     assert ("(stored so)" in text) == (manifest.codec in statistics.CODECS)
     with pytest.raises(InputError, match="expected feature stores"):
-        command.run(types.SimpleNamespace(action="ls", path=folder / "nothing", records=4))
+        _features_command("ls", folder / "nothing")
 
 
 def test_writer_refuses_another_shape_and_leaves_nothing(sound, tmp_path):

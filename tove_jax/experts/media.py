@@ -68,15 +68,21 @@ class _MappedWriter:
 
 
 class _MappedReader:
-    """A mapped shard; its pages outlive this object as long as an array made from them does."""
+    """A mapped shard; its pages outlive this object as long as an array made from them does.
 
-    def __init__(self, path: Path, record_bytes: int) -> None:
+    With ``exact`` the disk is asked for the records that are read and no more: for stores that memory does not
+    hold. Otherwise the kernel may read around them, since the rest is wanted soon: measured cold and in random
+    order, that was three times as fast.
+    """
+
+    def __init__(self, path: Path, record_bytes: int, exact: bool) -> None:
         with open(path, "rb") as stream:
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._view = memoryview(self._map)
         self._bytes, self._stride = record_bytes, stride(record_bytes)
-        # Reading in random order, the kernel's own guess of what comes next would be wrong.
-        self._map.madvise(mmap.MADV_RANDOM)
+        self._exact = exact
+        if exact:
+            self._map.madvise(mmap.MADV_RANDOM)
         self._asked = bytearray(len(self._map) // self._stride)
         self._last, self._ahead = -1, 0
         self._lock = threading.Lock()
@@ -88,17 +94,17 @@ class _MappedReader:
         return self._view[start : start + self._bytes]
 
     def _ask(self, position: int, start: int) -> None:
-        """Asks the disk for a record that is read for the first time, and for those that follow in stored order."""
+        """Asks the disk ahead of a read, and in stored order for what follows; once for each record."""
         with self._lock:
             self._asked[position] = 1
             stop = start + self._stride
-            if 0 < position - self._last <= _NEAR:
-                if stop <= self._ahead - _WINDOW // 2:
-                    self._last = position
-                    return
+            follows = 0 < position - self._last <= _NEAR
+            self._last = position
+            if follows and stop > self._ahead - _WINDOW // 2:
                 start, stop = max(start, min(self._ahead, stop)), stop + _WINDOW
                 self._ahead = stop
-            self._last = position
+            elif follows or not self._exact:
+                return
         stop = min(stop, len(self._map))
         start -= start % mmap.PAGESIZE
         if stop > start:
@@ -133,6 +139,6 @@ def open_writer(medium: str, path: Path, record_bytes: int) -> Writer:
     return _MappedWriter(path, record_bytes) if medium == "mmap" else _RecordWriter(path)
 
 
-def open_reader(medium: str, path: Path, record_bytes: int) -> Reader:
-    """Opens a finished file."""
-    return _MappedReader(path, record_bytes) if medium == "mmap" else _RecordReader(path)
+def open_reader(medium: str, path: Path, record_bytes: int, exact: bool = False) -> Reader:
+    """Opens a finished file; ``exact``: read nothing but what is asked for, see `_MappedReader`."""
+    return _MappedReader(path, record_bytes, exact) if medium == "mmap" else _RecordReader(path)

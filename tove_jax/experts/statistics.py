@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from tove_jax.experts.shards import claim, writing
 from tove_jax.experts.spectrum import Basis, Covariance, digest, phi_s, principal
 from tove_jax.experts.store import FeatureStore, summary
 from tove_jax.files.atomic import atomic_write_bytes
+
+Item = TypeVar("Item")
 
 FIT_RECORDS = 512
 """Records on which axes are fitted at most; ours."""
@@ -35,9 +37,9 @@ def covariance(store: FeatureStore, ids: Sequence[str]) -> Covariance:
     return found
 
 
-def spread(ids: Sequence[str], records: int) -> Sequence[str]:
-    """Returns some of the ids, evenly spread."""
-    return ids[:: max(1, len(ids) // max(1, records))][: max(1, records)]
+def spread(items: Sequence[Item], records: int) -> Sequence[Item]:
+    """Returns some of the items, evenly spread."""
+    return items[:: max(1, len(items) // max(1, records))][: max(1, records)]
 
 
 def fit_phi_s(path: Path | str) -> Manifest:

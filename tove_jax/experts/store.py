@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ class FeatureStore:
         self._mapped = manifest.medium == "mmap"
         self._sound = {number: bytearray(len(crcs)) for number, crcs in self._crcs.items()} if self._mapped else {}
         self._record_bytes = manifest.record_bytes
+        # Half, since a run reads several stores.
+        self._exact = manifest.records * manifest.record_bytes > _memory() / 2
         # Name, dtype, number of values, offset and shape of each array, worked out once.
         self._layout = []
         offset = 0
@@ -169,13 +172,17 @@ class FeatureStore:
             reader = self._readers.get(number)
             if reader is None:
                 path = self.path / self.manifest.shards[number].file
-                reader = media.open_reader(self.manifest.medium, path, self._record_bytes)
+                reader = media.open_reader(self.manifest.medium, path, self._record_bytes, self._exact)
                 self._readers[number] = reader
                 if len(self._readers) > _OPEN_SHARDS:
                     # Not closed here: another thread may be reading; the last reference closes it.
                     self._readers.popitem(last=False)
             self._readers.move_to_end(number)
             return reader
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _reopen(path: Path, verify: bool) -> FeatureStore:
