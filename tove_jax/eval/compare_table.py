@@ -48,7 +48,7 @@ def table(result: Mapping[str, Any], *, markdown: bool = False) -> str:
         cells.append(words)
     lines = [*_aligned(cells, (0, 4, 5, 7, 8), markdown), "", *_notes(result)]
     if result["orders"]:
-        lines += ["", *_aligned(_orders(result), (0, 4, 6), markdown), "", ORDERS]
+        lines += ["", *_aligned(_orders(result), (0, 2, 4), markdown), "", ORDERS]
     return "\n".join(lines)
 
 
