@@ -88,7 +88,7 @@ def test_what_is_loaded_is_what_the_card_says(name: str) -> None:
      ("hed:96", {"size": 96}, "expert 'hed:96': the size is given twice"),
      ("pp_ocr_det", {"thread": 2}, r"unknown option 'thread' \(did you mean 'threads'\?\); known: size, threads"),
      ("clip", {"layer": 2}, "expert clip: unknown option 'layer'; known: size, feature"),
-     ("nothing", {}, "unknown expert 'nothing'; known: clip")],
+     ("qqqqqqqq", {}, "unknown expert 'qqqqqqqq'; known: clip")],
 )  # fmt: skip
 def test_bad_requests_are_refused(spec: str, options: dict, message: str) -> None:
     for request in (registry.load, registry.describe):

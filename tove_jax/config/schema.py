@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from tove_jax.config.specs import expert_name
+
 
 def option(default: Any, doc: str) -> Any:
     """Returns a dataclass field with a default and the sentence that documents it."""
@@ -232,9 +234,16 @@ class FeaturesConfig:
     """The experts and their feature store."""
 
     experts: tuple[str, ...] = option(
-        ("clip", "efficientnet_lite0", "hed", "pp_ocr_det"), "Experts, by registered name."
+        ("clip", "efficientnet_lite0", "hed", "pp_ocr_det"),
+        "Experts: a registered name, `name:size` for another input size, or `[name=]kind:source[:size]` with kind "
+        "`torch`, `onnx` or `python`.",
     )
     path: str = option("", "Folder of the store; empty: `features` in the run's folder.")
+    online: tuple[str, ...] = option(
+        (),
+        "Names of experts that run frozen inside the training step, in `train.dtype` where their loader offers it, "
+        "and are not read from a store; `('all',)`: all of them.",
+    )
     codec: str = option(
         "bf16",
         "How patch tokens are stored: `float32`, `bf16`, `fp8`, `int8` or `int4`, before it `pool:n` and `pca:k` as in "
@@ -256,7 +265,8 @@ class FeaturesConfig:
     )
     shard_records: int = option(256, "Records a shard.")
     batch: int = option(
-        0, "Pictures a step of extraction; 0: as many as the devices' memory takes, 16 on CPUs. Halved when short of it."
+        0,
+        "Pictures a step of extraction; 0: as many as the devices' memory takes, 16 on CPUs. Halved when short of it.",
     )
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", "In which experts compute while they are extracted, where their loader offers it."
@@ -264,8 +274,8 @@ class FeaturesConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the experts, without the sizes that a spec ``name:size`` may carry."""
-        return tuple(spec.partition(":")[0] for spec in self.experts)
+        """Names of the experts, without what else their specs carry, see `tove_jax.config.specs`."""
+        return tuple(expert_name(spec) for spec in self.experts)
 
 
 @dataclasses.dataclass(frozen=True)

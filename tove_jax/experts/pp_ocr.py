@@ -11,6 +11,7 @@ from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
 from tove_jax.experts.loading import package_file, resized
+from tove_jax.experts.onnx_session import open_session, with_output
 from tove_jax.files.weights import hash_file
 
 CARD = ExpertCard(
@@ -42,55 +43,9 @@ NECK = "p2o.pd_op.concat.1.0"
 POOL = 4
 
 
-def _varint(value: int) -> bytes:
-    result = b""
-    while value > 127:
-        result += bytes([value & 127 | 128])
-        value >>= 7
-    return result + bytes([value])
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def with_output(model: bytes, tensor: str) -> bytes:
-    """Adds an inner tensor to the outputs of a serialised ONNX model.
-
-    A protobuf parser merges a message field that occurs twice, so a second `graph` (field 7 of
-    ModelProto) that holds nothing but one `output` (field 12 of GraphProto, a ValueInfoProto with
-    its name in field 1), put after the model's bytes, appends to the first graph's outputs.
-
-    Args:
-      model: bytes of an ONNX ModelProto.
-      tensor: name of the output of some node of its graph.
-
-    Returns:
-      bytes of the model with one output more.
-    """
-    return model + _field(7, _field(12, _field(1, tensor.encode())))
-
-
 def _session(path: Path, threads: int) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise InputError(
-            "expert pp_ocr_det: package onnxruntime is not installed; run `pip install onnxruntime`"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    # Waiting threads sleep instead of spinning, which would take the cores of other processes.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        model = with_output(path.read_bytes(), NECK)
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors share no base class of their own
-        raise InputError(
-            f"{path}: expected the PP-OCRv6 small text detector as ONNX: {str(error).splitlines()[0]}"
-        ) from error
+    model = with_output(path.read_bytes(), NECK)
+    session = open_session(model, str(path), threads, "the PP-OCRv6 small text detector as ONNX")
     outputs = {output.name: output.shape for output in session.get_outputs()}
     inputs = [entry.name for entry in session.get_inputs()]
     if inputs != [INPUT] or outputs.get(PROBABILITY, [0, 0])[1] != 1 or outputs[NECK][1] != CARD.width:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from tove_jax.config import specs
 from tove_jax.errors import InputError, nearest
 from tove_jax.experts import (
     clip,
@@ -16,11 +18,14 @@ from tove_jax.experts import (
     edges,
     efficientnet_lite,
     eva02,
+    function,
     hed,
     normals,
+    onnx_model,
     pix2struct,
     pp_ocr,
     sam,
+    torch_model,
     vit,
 )
 from tove_jax.experts.base import Expert, ExpertCard
@@ -28,6 +33,9 @@ from tove_jax.experts.published import Published
 
 # Modules with `ROWS`, one line each.
 FAMILIES: tuple[ModuleType, ...] = (vit, convnext, pix2struct, eva02, sam, depth, edges, normals)
+
+# Experts outside the table, by the kind of their spec (`tove_jax.config.specs`).
+_FOREIGN: dict[str, ModuleType] = {"torch": torch_model, "onnx": onnx_model, "python": function}
 
 
 class Entry(NamedTuple):
@@ -77,8 +85,7 @@ def register(
     Raises:
       InputError: the name is taken, or is no valid folder name.
     """
-    if not card.name.replace("_", "").replace("-", "").isalnum():
-        raise InputError(f"expert name: expected letters, digits, '_' and '-', found {card.name!r}")
+    _check_name(card.name)
     if card.name in _ENTRIES:
         raise InputError(f"expert {card.name}: this name is already registered")
     _ENTRIES[card.name] = Entry(card, loader, describe or (lambda *, weights=None, **options: card))
@@ -90,11 +97,18 @@ def cards() -> dict[str, ExpertCard]:
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """Splits ``name`` or ``name:size`` into the name and load options.
+    """Splits ``name``, ``name:size`` or ``[name=]kind:source[:size]`` into the name and load options.
 
     Raises:
-      InputError: the name is unknown (the nearest known one is given), or the size no number.
+      InputError: the name is unknown (the nearest known one is given), the size no number, or the name of an
+        expert outside the table no valid one.
     """
+    own = specs.foreign(spec)
+    if own is not None:
+        _check_name(own.name)
+        if own.name in _ENTRIES:
+            raise InputError(f"expert {spec!r}: the name {own.name!r} is a registered expert's; choose another")
+        return own.name, {} if own.size is None else {"size": own.size}
     name, colon, size = spec.partition(":")
     if name not in _ENTRIES:
         known = ", ".join(_ENTRIES)
@@ -108,18 +122,18 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
 
 def takes(spec: str, option: str) -> bool:
     """Whether an expert's loader offers an option, such as ``dtype``; False for an unknown expert."""
-    entry = _ENTRIES.get(spec.partition(":")[0])
-    return entry is not None and option in inspect.signature(entry.loader).parameters
+    loader = _loader(spec)
+    return loader is not None and option in inspect.signature(loader).parameters
 
 
 def describe(spec: str, *, weights: Path | str | None = None, **options: Any) -> ExpertCard:
     """Returns the card of the expert that `load` would give, without reading its weights.
 
     Same arguments and errors as `load`. The `clip` expert's card needs `weights`: its folder's
-    small configuration files are read.
+    small configuration files are read. An expert outside the table is loaded, for its card.
     """
-    entry, options = _resolve(spec, options)
-    return entry.describe(weights=Path(weights) if weights else None, **options)
+    _, describe, options = _resolve(spec, options)
+    return describe(weights=Path(weights) if weights else None, **options)
 
 
 def load(spec: str, *, weights: Path | str | None = None, **options: Any) -> Expert:
@@ -127,7 +141,8 @@ def load(spec: str, *, weights: Path | str | None = None, **options: Any) -> Exp
 
     Args:
       spec: registered name, or ``name:size`` for another input size than the published one
-        (``hed:112``).
+        (``hed:112``); or ``[name=]kind:source[:size]``, kinds ``torch``, ``onnx`` and ``python``
+        (`tove_jax.experts.torch_model`, `tove_jax.experts.onnx_model`, `tove_jax.experts.function`).
       weights: file or folder of the weights; None finds the published ones in their installed
         package. The `clip` expert has none of its own and needs a CLIP folder.
       **options: the loader's own, see its module: `size`, `threads`, `feature`.
@@ -138,21 +153,40 @@ def load(spec: str, *, weights: Path | str | None = None, **options: Any) -> Exp
     Raises:
       InputError: unknown name or option, missing package, or weights that do not fit.
     """
-    entry, options = _resolve(spec, options)
-    return entry.loader(weights=Path(weights) if weights else None, **options)
+    loader, _, options = _resolve(spec, options)
+    return loader(weights=Path(weights) if weights else None, **options)
 
 
-def _resolve(spec: str, options: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:
+def _loader(spec: str) -> Callable[..., Expert] | None:
+    own = specs.foreign(spec)
+    if own is not None:
+        return functools.partial(_FOREIGN[own.kind].load, own)
+    entry = _ENTRIES.get(spec.partition(":")[0])
+    return None if entry is None else entry.loader
+
+
+def _check_name(name: str) -> None:
+    if not name.isascii() or not name.replace("_", "").replace("-", "").isalnum():
+        raise InputError(f"expert name: expected letters, digits, '_' and '-', found {name!r}")
+
+
+def _resolve(
+    spec: str, options: dict[str, Any]
+) -> tuple[Callable[..., Expert], Callable[..., ExpertCard], dict[str, Any]]:
     name, parsed = parse(spec)
     if parsed.keys() & options.keys():
         raise InputError(f"expert '{spec}': the size is given twice")
-    entry = _ENTRIES[name]
+    loader = _loader(spec)
+    assert loader is not None  # parse knows the name
     options = {**parsed, **options}
-    parameters = inspect.signature(entry.loader).parameters
+    parameters = inspect.signature(loader).parameters
     known = [key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD and key != "weights"]
     if len(known) + ("weights" in parameters) == len(parameters):
         for option in options:
             if option not in known:
                 hint = f"{nearest(option, known)}; known: {', '.join(known)}"
                 raise InputError(f"expert {name}: unknown option '{option}'{hint}")
-    return entry, options
+    if name in _ENTRIES:
+        return loader, _ENTRIES[name].describe, options
+    # Only the model itself knows its shapes.
+    return loader, lambda **given: loader(**given).card, options

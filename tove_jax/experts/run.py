@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from tove_jax.config import specs
 from tove_jax.config.schema import Config
+from tove_jax.config.specs import expert_name
 from tove_jax.data import make_source
 from tove_jax.data.picture import PictureSource
 from tove_jax.data.split import split
 from tove_jax.errors import InputError, nearest
-from tove_jax.experts import codecs, registry
+from tove_jax.experts import codecs, foreign, registry
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
 from tove_jax.experts.extract import extract
 from tove_jax.experts.manifest import Manifest
@@ -29,7 +31,7 @@ FLIP_SUFFIX = "@flip"
 
 
 def chosen_experts(config: Config, only: Sequence[str] | None = None) -> dict[str, str]:
-    """Returns the configured experts, name -> spec ``name[:size]``.
+    """Returns the configured experts, name -> spec (`tove_jax.config.specs`).
 
     Args:
       config: of the run.
@@ -38,21 +40,21 @@ def chosen_experts(config: Config, only: Sequence[str] | None = None) -> dict[st
     Raises:
       InputError: two specs of one name, or a name in `only` that is not configured.
     """
-    specs: dict[str, str] = {}
+    found: dict[str, str] = {}
     for spec in config.features.experts:
-        name = spec.partition(":")[0]
-        if name in specs:
-            raise InputError(f"features.experts: {name!r} is given twice, as {specs[name]!r} and {spec!r}")
-        specs[name] = spec
+        name = expert_name(spec)
+        if name in found:
+            raise InputError(f"features.experts: {name!r} is given twice, as {found[name]!r} and {spec!r}")
+        found[name] = spec
     if only is None:
-        return specs
-    known = {*specs, *specs.values()}
+        return found
+    known = {*found, *found.values()}
     for spec in only:
         if spec not in known:
             raise InputError(
-                f"experts: expected some of {', '.join(specs.values())}, found {spec!r}{nearest(spec, sorted(known))}"
+                f"experts: expected some of {', '.join(found.values())}, found {spec!r}{nearest(spec, sorted(known))}"
             )
-    return {name: spec for name, spec in specs.items() if name in only or spec in only}
+    return {name: spec for name, spec in found.items() if name in only or spec in only}
 
 
 def store_path(config: Config, workdir: Path | str, name: str, *, flip: bool = False) -> Path:
@@ -89,10 +91,25 @@ def expert_cards(config: Config, workdir: Path, only: Sequence[str] | None = Non
     Raises:
       InputError: an unknown expert, or one given twice; a codec that does not exist.
     """
-    return {
-        name: as_stored(config, as_viewed(config, registry.describe(spec, **load_options(config, workdir, name))))
-        for name, spec in chosen_experts(config, only).items()
-    }
+    found = {}
+    for name, spec in chosen_experts(config, only).items():
+        card = _foreign_card(config, workdir, name, spec)
+        if card is None:
+            card = registry.describe(spec, **load_options(config, workdir, name))
+        found[name] = as_stored(config, as_viewed(config, card))
+    return found
+
+
+def _foreign_card(config: Config, workdir: Path, name: str, spec: str) -> ExpertCard | None:
+    """Returns the card of an expert outside the table from its store, so that the model need not be there."""
+    own = specs.foreign(spec)
+    if own is None:
+        return None
+    registry.parse(spec)
+    try:
+        return foreign.stored_card(own, Manifest.read(store_path(config, workdir, name)))
+    except InputError:  # no store: only the model knows
+        return None
 
 
 def as_stored(config: Config, card: ExpertCard) -> ExpertCard:
@@ -131,18 +148,18 @@ def extract_all(
     Raises:
       InputError: as `extract`; also an unknown expert, or one given twice.
     """
-    specs = chosen_experts(config, experts)
-    chosen_codecs = {name: codecs.codec_of(config.features.codec, name) for name in specs}
+    chosen = chosen_experts(config, experts)
+    chosen_codecs = {name: codecs.codec_of(config.features.codec, name) for name in chosen}
     if load is None:
         load = registry.load
-        for spec in specs.values():
+        for spec in chosen.values():
             registry.parse(spec)  # a misspelt expert is told before another one runs for an hour
     if source is None:
         source = make_source(config.data)
     sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
     everything = np.sort(np.concatenate([sides.train, sides.held_out]))
     stores: dict[str, list[Path]] = {}
-    for name, spec in specs.items():
+    for name, spec in chosen.items():
         with writing(workdir):
             Path(workdir).mkdir(parents=True, exist_ok=True)
             # The first process to come makes the student's start; the others shall not replace it under its reader.
