@@ -29,10 +29,12 @@ This page is what `tove experts --markdown` prints.
 {table}
 An expert is named in `features.experts` by its name, or as `name:size` for another input size than the
 published one: `hed:112` sees 112 px and gives 7 x 7 tokens. Sizes are multiples of 32 (`efficientnet_lite0`,
-`pp_ocr_det`, `convnext*`, `pix2struct_*`) or 16 (`hed`, `sam_*`, `eva02_l`); `clip` resizes its position embeddings.
+`pp_ocr_det`, `convnext*`, `pix2struct_*`) or 16 (`hed`, `sam_*`, `eva02_l`), or of the patch (`dinov2_b:518`; the
+number after a slash in its name); ViTs resize their position embeddings as their reference does.
 
-**Views.** Every expert but SAM sees the same square of a picture, the centre, so that their tokens lie over each
-other. SAM sees the whole picture, its longer side at full size, zeros at the right and bottom after normalisation.
+**Views.** Every expert but SAM, SigLIP and DINOv3 sees a square of a picture, the centre, so that their tokens lie
+over each other. SigLIP and DINOv3 squash the whole picture into a square, DINOv2 leaves a border of a sixteenth out at
+each side, as published. SAM sees the whole picture, its longer side at full size, zeros at the right and bottom after normalisation.
 ImageNet's ConvNeXts leave a border of an eighth out, as they were evaluated. EVA-02 and ConvNeXt-XXL have MoVE-KD's
 view, not their own. Pix2Struct standardises every picture by its own mean and deviation, then resizes it to 45 x 45
 patches (at other sizes in proportion), equal to its image processor on the square. Three things differ from what was published: EfficientNet-Lite0's
@@ -41,7 +43,9 @@ evaluation leaves a border of 16 px out, HED takes pictures of any shape, and PP
 **Features.** EfficientNet-Lite0: the last convolution, and its mean as summary. HED: the ReLU of VGG16's conv5_3;
 its edge map and side outputs are extras. PP-OCR: the detector's fused feature pyramid, averaged over 4 x 4 cells;
 its text probability is an extra. CLIP: the tokens of the student's own feature layer, CLS as summary, and that
-layer's attention from CLS. SAM: the neck's map. EVA-02: the last layer's map, without a norm. ConvNeXt: the last
+layer's attention from CLS. SigLIP, DINOv2 and 3, EVA-02-CLIP: patch tokens after the final norm; the
+summary is the attention-pooled vector (SigLIP) or CLS after that norm. `clip_*` and `openclip_*`: the last layer but
+one, without a norm, and CLS after the final one. SAM: the neck's map. EVA-02: the last layer's map, without a norm. ConvNeXt: the last
 stage's map before norm and pooling, the normed mean as summary. Pix2Struct: the encoder's output, resized bilinearly
 (corners kept) to a token for every 32 pixels, as MoVE-KD does.
 
