@@ -19,17 +19,11 @@ CONFIGS = (
     "move_kd_vit_l.py",
     "move_kd_vit_l.py:teachers=v1_1,stage=2,preset=reference",
 )
-# Grid and width of the full-size configs' teachers, as their papers' code gives them.
-TEACHERS = {
-    "convnext_xxl": ((32, 32), 3072),
-    "eva02_l": ((64, 64), 1024),
-    "pix2struct_l": ((32, 32), 1536),
-    "sam_l": ((64, 64), 256),
-}
 
 
 def cards(config):
     """Returns the cards of a config's experts without a weight being read."""
+    from tove_jax.bench.cost import EXPERTS
     from tove_jax.experts import registry
 
     student, found = config.student, {}
@@ -39,10 +33,9 @@ def cards(config):
         if name == "clip":
             clip = registry.cards()["clip"]
             found[name] = dataclasses.replace(clip, grid=(grid, grid), width=student.width, summary_width=student.width)
-        elif name in TEACHERS:
-            found[name] = dataclasses.replace(
-                registry.cards()["clip"], name=name, grid=TEACHERS[name][0], width=TEACHERS[name][1]
-            )
+        elif name in EXPERTS:
+            *size, channels = EXPERTS[name]
+            found[name] = dataclasses.replace(registry.cards()["clip"], name=name, grid=tuple(size), width=channels)
         else:
             found[name] = registry.describe(spec)
     return found

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.golden_configs import TEACHERS
+from tove_jax.bench.cost import EXPERTS
 from tove_jax.config import door
 from tove_jax.config.schema import AdapterConfig, Config, FeaturesConfig, MoveKDConfig, StudentConfig
 from tove_jax.data.view import View
@@ -133,7 +133,7 @@ def test_saturation_rule_fires_on_rows_that_agree():
         )
 
 
-WIDTH, TOKENS, LAYERS, EXPERTS = 8, 9, 3, 3
+WIDTH, TOKENS, LAYERS, LORAS = 8, 9, 3, 3
 
 
 def random_case(rows=6, seed=0, **method):
@@ -144,8 +144,8 @@ def random_case(rows=6, seed=0, **method):
         return jnp.asarray(draw.standard_normal(shape), jnp.float32)
 
     config = make_config(("b", "clip", "a"), WIDTH, AdapterConfig(), **method)
-    probs = jax.nn.softmax(normal(LAYERS, rows, 5, EXPERTS))
-    choice = jax.nn.one_hot(probs.argmax(-1), EXPERTS)
+    probs = jax.nn.softmax(normal(LAYERS, rows, 5, LORAS))
+    choice = jax.nn.one_hot(probs.argmax(-1), LORAS)
     outputs = {
         "layers/-2": normal(rows, 1 + TOKENS, WIDTH),
         "adapter/router_probs_mean": probs.mean(-2),
@@ -207,11 +207,11 @@ def test_registered_and_asks_for_what_it_reads():
     expected = {"loss/total", "loss/kd", "loss/balance", "router/entropy", "weight/saturated"}
     for name in ("a", "b", "clip"):
         expected |= {f"loss/{name}/patches", f"weight/{name}", f"target/{name}/variance"}
-    expected |= {f"router/load/{layer:02d}/{e}" for layer in range(LAYERS) for e in range(EXPERTS)}
+    expected |= {f"router/load/{layer:02d}/{e}" for layer in range(LAYERS) for e in range(LORAS)}
     expected |= {f"router/collapse/{layer:02d}" for layer in range(LAYERS)}
     assert set(metrics) == expected
     assert all(value.shape == () for value in metrics.values())
-    load = sum(metrics[f"router/load/00/{e}"] for e in range(EXPERTS))
+    load = sum(metrics[f"router/load/00/{e}"] for e in range(LORAS))
     np.testing.assert_allclose(load, 1.0, rtol=1e-6)
 
 
@@ -442,7 +442,7 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "move_kd_vit_l.py")
 
 def full_size(config):
     """Shapes of every parameter of a full-size run, flat."""
-    cards = {name: card(name, *TEACHERS[name]) for name in config.features.names if name != "clip"}
+    cards = {name: card(name, EXPERTS[name][:2], EXPERTS[name][2]) for name in config.features.names if name != "clip"}
     cards["clip"] = dataclasses.replace(card("clip", (24, 24), 1024, clip=True), summary_width=1024)
     module = vit.from_config(config.student)
     student = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 336, 336, 3)))["params"]
@@ -505,3 +505,36 @@ def test_full_size_config_takes_presets_and_refuses_the_rest():
 def test_pix2struct_encoder_adapter_has_its_size():
     config = make_config(("clip", "pix2struct_l"), 1024)
     assert count(full_size(config), "method/") == ENCODER_ADAPTERS["pix2struct_l"]
+
+
+# The quirks of the released code, by their number on the page: field and the code's value. 10 is a crash.
+QUIRKS = {
+    1: {"method.token_weight_source": "probs_softmax"},
+    2: {"method.teacher_score_scale": "one"},
+    3: {"method.saturation_rule": True, "method.saturation_scope": "device"},
+    4: {"method.clip_weight": 0.8},
+    5: {"method.stop_gradient_teacher_weight": False},
+    6: {"student.adapter.site": "linears"},
+    7: {"student.adapter.b_init": "kaiming"},
+    8: {"student.adapter.router_gradient": "none"},
+    9: {"method.sam_layout": "scrambled"},
+    11: {"student.feature": "layers/-2"},
+    12: {"method.balance_pool": "all"},
+    13: {"method.kd_on_text_only": True},
+    14: {"features.views": "published"},
+}
+
+
+def test_every_quirk_is_a_field_that_the_reference_follows():
+    config = door.from_file(f"{CONFIG}:preset=reference,teachers=v1_1")
+    page = (Path(__file__).parents[2] / "docs/methods/move_kd.md").read_text()
+    listed = page[page.index("## Quirks of the released code") :]
+    for number, fields in QUIRKS.items():
+        entry = listed[listed.index(f"\n{number}. ") :]
+        entry = entry[: entry.find(f"\n{number + 1}. ")] if f"\n{number + 1}. " in entry else entry
+        for path, value in fields.items():
+            found = config
+            for part in path.split("."):
+                found = getattr(found, part)
+            assert found == value, path
+            assert f"`{path}`" in entry or f"`{path.rpartition('.')[2]}`" in entry, path
