@@ -108,6 +108,35 @@ def test_the_named_file_comes_first(folder, arrays, tmp_path):
     assert row.load(weights=tmp_path).weights_hash == row.load(weights=folder).weights_hash
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_fetched_from_the_hub(arrays, tmp_path, monkeypatch, there):
+    hub = pytest.importorskip("huggingface_hub")
+    row, asked = dataclasses.replace(ROW, file="open_clip_model.safetensors"), []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, row.file in allow_patterns))
+        if asked[-1][1] == there:
+            save_file(arrays, tmp_path / (row.file if there else "model.safetensors"))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert row.load().params["position"].shape == (2, 2, 6)
+    assert asked == [("someone/patches", True)] + [("someone/patches", False)] * (not there)
+
+
+def test_other_names_of_the_same_weights(arrays, tmp_path):
+    other = tuple(dataclasses.replace(rule, name=f"other.{rule.name}") for rule in ROW.rules)
+    row = dataclasses.replace(ROW, also=(other,))
+    renamed = {name.replace("visual.", "other."): array for name, array in arrays.items()}
+    for found in (arrays, renamed):
+        save_file(found, tmp_path / "model.safetensors")
+        tree = row.read(tmp_path)
+        np.testing.assert_array_equal(tree["position"], arrays["visual.pos"][0])
+    save_file({**renamed, "other.stem.weigth": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"1 not known: other.stem.weigth \(1,\)"):
+        row.read(tmp_path)
+
+
 def test_faults(folder, arrays, tmp_path, monkeypatch):
     for options, message in (
         ({"size": 10}, "expert patches: size: expected a positive multiple of 4, found 10"),

@@ -46,7 +46,7 @@ def locate(folder_or_hub_id: str | Path, file: str | None = None) -> Path:
 
     Args:
       folder_or_hub_id: the folder, or the hub id.
-      file: fetch this file in place of the usual ones.
+      file: fetch this file, and the usual ones only where the hub has none of this name.
 
     Raises:
       InputError: neither a folder nor a hub id, or the hub cannot give it.
@@ -65,7 +65,9 @@ def locate(folder_or_hub_id: str | Path, file: str | None = None) -> Path:
         ) from error
     try:
         if file is not None:
-            return Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, file]))
+            fetched = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, file]))
+            if (fetched / file).is_file():
+                return fetched
         safe = [*_HUB_FILES, "model*.safetensors", "model.safetensors.index.json"]
         fetched = Path(snapshot_download(name, allow_patterns=safe))
         if not any(fetched.glob("model*.safetensors")):
