@@ -59,11 +59,11 @@ def test_the_export_comes_back_bit_for_bit(workdir, tmp_path):
 
 
 def test_a_second_time_reuses_what_is_done(workdir, capsys):
-    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("features/*/*.arrayrecord")}
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("features/*/*.records")}
     rows = (workdir / "metrics.jsonl").read_bytes()
     assert before
     assert tove("extract", workdir) == 0 and tove("train", workdir) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("features/*/*.arrayrecord")}
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("features/*/*.records")}
     assert rows == (workdir / "metrics.jsonl").read_bytes()
 
 

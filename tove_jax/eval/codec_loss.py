@@ -141,13 +141,15 @@ def codec_losses(
     cards = {name: _card(store) for name, store in stores.items()}
     patches = {name: np.asarray(store.features(ids).patches) for name, store in stores.items()}
 
+    # Compiled once for all codecs that leave the grid as it is.
+    step = _loss(config)
     rows: list[Row] = []
     reference: np.ndarray | None = None
     for setting in dict.fromkeys((REFERENCE, *settings)):
         setting = ",".join(f"{name}={_limited(setting, name, cards[name].width)}" for name in stores)
         chosen_codecs = {name: codecs.codec_of(setting, name) for name in stores}
         bases = {name: codec_basis(codec, stores[name], ids) for name, codec in chosen_codecs.items()}
-        step = _loss(config, stores, chosen_codecs, bases)
+        decode = _decoder(config, stores, chosen_codecs, bases)
         losses, gradients = [], []
         for start in range(0, len(ids), batch):
             rest = {name: stores[name].read_batch(ids[start : start + batch]) for name in stores}
@@ -158,7 +160,7 @@ def codec_losses(
                 }
                 for name, codec in chosen_codecs.items()
             }
-            value, by_tokens = step(params, views(chosen[start : start + batch]), payloads)
+            value, by_tokens = step(params, views(chosen[start : start + batch]), decode(payloads))
             losses.append(float(value))
             gradients.append(np.asarray(by_tokens, np.float32))
         gradient = np.concatenate(gradients)
@@ -245,18 +247,13 @@ def _short(setting: str) -> str:
     return chosen.pop() if len(chosen) == 1 else setting
 
 
-def _loss(
+def _decoder(
     config: Config,
     stores: Mapping[str, FeatureStore],
     chosen: Mapping[str, str],
     bases: Mapping[str, Basis | None],
-) -> Callable[[Any, np.ndarray, Any], tuple[jax.Array, jax.Array]]:
-    """Returns the jitted ``(params, pixels, payloads) -> (loss, its gradient by the student's tokens)``."""
-    method, student, view = (
-        methods.get(config.method.name),
-        make_student(config),
-        View.of_student(config.student),
-    )
+) -> Callable[[Any], dict[str, ExpertFeatures]]:
+    """Returns the jitted map from payloads of some codecs to what the method sees."""
     manifests: dict[str, Manifest] = {}
     for name, store in stores.items():
         shapes = codecs.stored_shapes(chosen[name], store.manifest.shapes)
@@ -270,9 +267,19 @@ def _loss(
         full = stores[name].manifest.shapes["patches"][:2]
         return features._replace(patches=pooling.unpool(features.patches, *full))
 
+    return jax.jit(lambda payloads: {name: decoded(name, payload) for name, payload in payloads.items()})
+
+
+def _loss(config: Config) -> Callable[[Any, np.ndarray, Any], tuple[jax.Array, jax.Array]]:
+    """Returns the jitted ``(params, pixels, features) -> (loss, its gradient by the student's tokens)``."""
+    method, student, view = (
+        methods.get(config.method.name),
+        make_student(config),
+        View.of_student(config.student),
+    )
+
     @jax.jit
-    def run(params: Any, pixels: jax.Array, payloads: Any) -> tuple[jax.Array, jax.Array]:
-        features = {name: decoded(name, payload) for name, payload in payloads.items()}
+    def run(params: Any, pixels: jax.Array, features: Any) -> tuple[jax.Array, jax.Array]:
         outputs = method.forward(student, params, view.normalize(pixels), features, config, jax.random.key(0))
         name = config.student.feature
         batch = {"mask": jnp.ones(len(pixels), bool)}
