@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from tove_jax.config import Config, thaw
 from tove_jax.config.derive import MERGE_GROUPS
 from tove_jax.config.schema import AdapterConfig, MergeConfig, ToVEConfig
-from tove_jax.config.sweep import Order, check, from_sweep_file, settings_of
+from tove_jax.config.sweep import Order, check, from_sweep_file
 from tove_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,10 @@ def row(name, against=None, **changes):
 
 def derived(name, of, **fields):
     return {"name": name, "of": of} | fields
+
+
+def plain(**changes):
+    return row("s", student__adapter__kind="none", **changes)["config"]
 
 
 TOVE = {"method": ConfigDict(dataclasses.asdict(ToVEConfig()))}
@@ -78,6 +82,9 @@ def test_rows_are_frozen_and_know_what_they_add_to():
         (sweep(row("a"), derived("b", "a", merge={}, settings={"data.limit": 3})), "expected train.FIELD or optim"),
         (sweep(row("a"), derived("b", "a", merge={}, settings={"train.stpes": 3})), "config.train.stpes: no such"),
         (sweep(row("a"), derived("b", "a", merge={}) | {"config": Config()}), r"rows\[1\].config: no such field"),
+        (sweep(row("a"), start=row("s")["config"]), "start: expected a plain tower that trains, found 'mole'"),
+        (sweep(row("a"), start=plain(student__width=64)), "start.student.width: expected what the rows have, 1024"),
+        (sweep(row("a", student__initialize="x"), start=plain()), "the rows start from student.initialize 'x'"),
         (sweep(row("a"), row("b"), orders=[("a", "c")]), r"orders\[0\]: no row 'c'"),
         (sweep(row("a"), orders=[("a", "a")]), "expected two rows, found 'a' twice"),
         (sweep(row("a"), orders=[("a",)]), r"orders\[0\]: expected \(worse row"),
@@ -150,7 +157,7 @@ def test_the_ablation_adds_one_thing_a_row():
     assert (
         list(rows)
         == (
-            "plain adapter mole token teacher prior fine fine+score hawaii "
+            "plain adapter mole token teacher fine fine+score hawaii "
             "tove tove-one tove-detached tove-merged teacher-merged hawaii-merged"
         ).split()
     )
@@ -169,23 +176,13 @@ def test_the_ablation_adds_one_thing_a_row():
     assert changed("mole") == {"student.adapter.kind"}
     assert changed("token") == {"method.token_weighting"}
     assert changed("teacher") == {"method.teacher_weighting"}
-    assert changed("prior") == {"method.teacher_prior"}
     assert changed("fine+score") == {"method.token_scoring"}
     assert changed("hawaii") == {"method.coarse"}
     assert rows["plain"].student.adapter == dataclasses.replace(rows["mole"].student.adapter, kind="none")
-    assert (
-        rows["hawaii"].method
-        == check(
-            {
-                "baseline": "h",
-                "seeds": (1,),
-                "rows": [{"name": "h", "config": settings_of(ROOT / "configs/demo.py", "method=hawaii")}],
-            },
-            "demo",
-        )
-        .rows[0]
-        .config.method
-    )
+    assert rows["hawaii"].method.coarse and rows["hawaii"].method.token_scoring
+    assert rows["hawaii"].features.experts == rows["plain"].features.experts == found.start.features.experts
+    assert found.start.student.adapter.kind == "none" and found.start.train.steps == 2 * rows["plain"].train.steps
+    assert all(order.below in rows and order.above in rows for order in found.orders)
     assert rows["tove-detached"].method.attached == () and len(rows["tove-one"].method.attached) == 2
     assert {rows[name].method.name for name in rows if name.endswith("merged")} == {"merge"}
     assert rows["hawaii-merged"].method.source_adapter == rows["hawaii"].student.adapter
@@ -194,6 +191,7 @@ def test_the_ablation_adds_one_thing_a_row():
 
 def test_arguments_of_the_sweep():
     found = from_sweep_file(METHODS + ":smoke,steps=3")
-    assert {one.config.train.steps for one in found.rows} == {3} and found.rows[0].config.data.limit == 48
+    assert {one.config.train.steps for one in found.rows} == {3} and found.start.train.steps == 6
+    assert found.rows[0].config.data.limit == 48
     with pytest.raises(InputError, match="config argument 'smok'"):
         from_sweep_file(METHODS + ":smok")

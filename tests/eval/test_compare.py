@@ -6,19 +6,31 @@ import dataclasses
 import json
 from xml.etree import ElementTree
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
 from tove_jax.cli.main import main
 from tove_jax.config.derive import detach, merged
-from tove_jax.config.schema import Config, EvalConfig, FeaturesConfig, StudentConfig, ToVEConfig, TrainConfig
+from tove_jax.config.schema import (
+    AdapterConfig,
+    Config,
+    EvalConfig,
+    FeaturesConfig,
+    StudentConfig,
+    ToVEConfig,
+    TrainConfig,
+)
 from tove_jax.config.sweep import Order, Row, Sweep
 from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, compare, comparison
 from tove_jax.eval.compare_table import runs_table, table
 from tove_jax.eval.run import Ground
 from tove_jax.experts.extract import claim
+from tove_jax.hf.load import load_clip
+from tove_jax.models import vit
 from tove_jax.report.compare import draw
 
 BASE = Config(
@@ -355,3 +367,40 @@ def test_references_of_other_settings_are_not_shown(family):
     assert compare.read_references(Sweep((Row("full", other, ""),), (1,), "full"), workdir) == {}
     elsewhere = dataclasses.replace(TOVE, features=dataclasses.replace(TOVE.features, path="else"))
     assert compare.read_references(Sweep((Row("full", elsewhere, ""),), (1,), "full"), workdir)
+
+
+def test_a_start_that_is_trained_is_trained_once_and_every_row_begins_there(monkeypatch, tmp_path):
+    student = StudentConfig(
+        image_size=16, patch_size=8, width=16, layers=1, heads=1, mlp_width=16, adapter=AdapterConfig(kind="none")
+    )
+    base = dataclasses.replace(BASE, student=student)
+    start = dataclasses.replace(base, train=TrainConfig(steps=5, batch=4))
+    sweep = Sweep((Row("plain", base, ""), Row("more", base, "plain")), (1,), "plain", start=start)
+    params = vit.from_config(student).init(jax.random.key(3), jnp.zeros((1, 16, 16, 3)))["params"]
+    monkeypatch.setattr(compare, "load_student", lambda folder: (start, {"student": params}, {}))
+    house, trained = House({"start-run": 143}), []
+    whole = house.train
+
+    def train(config, folder, *, progress):
+        if folder.name != "start-run":
+            return whole(config, folder, progress=progress)
+        trained.append((folder.name, config.train.steps))
+        return house.status.get(folder.name, 0)
+
+    house.train = train
+    assert house.go(tmp_path, sweep) == 143 and not (tmp_path / "start").exists()
+    house.status.clear()
+    house.go(tmp_path, sweep)
+    assert trained == [("start-run", 5)] * 2
+    _, found = load_clip(tmp_path / "start", image_size=16)
+    np.testing.assert_array_equal(found["class_embed"], params["class_embed"])
+    assert [name for what, name, *_ in house.calls if what == "train"] == ["plain/seed1", "more/seed1"]
+    (tmp_path / "more/seed1/eval/compared.json").unlink()
+    house.go(tmp_path, sweep)
+    assert len(trained) == 2
+    # Runs from another start are not gone on with.
+    (tmp_path / "more/seed1/eval/compared.json").unlink()
+    other = dataclasses.replace(start, train=TrainConfig(steps=6, batch=4))
+    for changed in (other, None):
+        with pytest.raises(InputError, match="made in another way"):
+            house.go(tmp_path, dataclasses.replace(sweep, start=changed))

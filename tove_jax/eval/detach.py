@@ -294,7 +294,7 @@ def table(result: Mapping[str, Any]) -> str:
             f"  {name:{width}s}  mean weight {found['gate']:.3f}, largest on {found['share']:.1%} of the tokens"
         )
     header = ("experts", "detached", "k-NN", "95 % interval", "probe", "95 % interval", "text loss", "latency")
-    cells = [header]
+    cells: list[tuple[str, ...]] = [header]
     for row in result["rows"]:
         words = [str(len(row["attached"])), row["detached"] or "none"]
         for task in ("knn", "probe"):

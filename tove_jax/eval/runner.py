@@ -226,7 +226,7 @@ def table(metrics: Mapping[str, float]) -> str:
       metrics: what `evaluate` returned, perhaps among other metrics.
     """
     names = accuracy_names(metrics)
-    rows = [("", "k-NN", "95 % interval", "linear probe", "95 % interval")]
+    rows: list[tuple[str, ...]] = [("", "k-NN", "95 % interval", "linear probe", "95 % interval")]
     for name in names:
         cells = [name]
         for task in ("knn", "probe"):
