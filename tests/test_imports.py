@@ -10,7 +10,7 @@ LEVELS = (
     {"errors", "__init__"},
     {"config", "files", "parallel", "data"},
     {"models", "adapters"},
-    {"methods", "experts", "hf"},
+    {"methods", "experts", "hf", "language"},
     {"train", "eval", "report", "bench"},
     {"cli"},
 )

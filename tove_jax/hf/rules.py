@@ -152,6 +152,33 @@ def to_tree(
       ValueError: the table does not cover the wanted tree, or a published array in part only (faults of the
         table).
     """
+    by_path = check(arrays, rules, shapes, ignore=ignore, source=source)
+    leaves = {}
+    for path, shape in shapes.items():
+        rule = by_path[path]
+        parts = [rule.take(np.asarray(arrays[name])) for name in rule.names(shape)]
+        stacked = np.stack(parts).reshape(rule.stacked_shape(shape)) if rule.placeholders else parts[0]
+        leaves[path] = rule.to_leaf(stacked)
+    return unflatten(leaves)
+
+
+def check(
+    arrays: Mapping[str, Any],
+    rules: Sequence[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    ignore: Iterable[str] = (),
+    source: str = "arrays",
+) -> dict[str, Rule]:
+    """Refuses arrays that do not make up the wanted tree; arguments and errors are those of `to_tree`.
+
+    Args:
+      arrays: anything with a ``shape``; nothing else is looked at.
+      rules, shapes, ignore, source: see `to_tree`.
+
+    Returns:
+      The rule of every path.
+    """
     by_path = _by_path(rules, shapes)
     expected: dict[str, tuple[int, ...]] = {}
     held: dict[str, list[tuple[int, int] | None]] = {}
@@ -169,13 +196,7 @@ def to_tree(
     missing = [name for name in expected if name not in arrays]
     wrong = [name for name in expected if name in known and arrays[name].shape != expected[name]]
     _complain(source, arrays, expected, missing, extra, wrong)
-    leaves = {}
-    for path, shape in shapes.items():
-        rule = by_path[path]
-        parts = [rule.take(np.asarray(arrays[name])) for name in rule.names(shape)]
-        stacked = np.stack(parts).reshape(rule.stacked_shape(shape)) if rule.placeholders else parts[0]
-        leaves[path] = rule.to_leaf(stacked)
-    return unflatten(leaves)
+    return by_path
 
 
 def to_arrays(tree: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
@@ -246,7 +267,7 @@ def _check_parts(held: Mapping[str, Iterable[tuple[int, int] | None]]) -> None:
 
 def _complain(
     source: str,
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Any],
     expected: Mapping[str, tuple[int, ...]],
     missing: list[str],
     extra: list[str],

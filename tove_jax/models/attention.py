@@ -40,16 +40,21 @@ def attention(
     scale: float | None = None,
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
+    causal: bool = False,
+    window: int | None = None,
 ) -> jax.Array:
     """Softmax attention; the softmax is float32 at the least.
 
     Args:
       query: (B, T, heads, head width).
-      key, value: (B, S, heads, head width), the query's dtype.
+      key, value: (B, S, heads, head width), the query's dtype; or with fewer heads, each shared by as many
+        neighbouring heads of the query.
       implementation: see `choose`; ``auto`` is XLA's where there is a bias or a mask.
       scale: of the scores; None: 1/sqrt(head width).
       bias: (B, heads, T, S), added to the scaled scores; or None.
-      mask: bool (B, S), False for keys that no query may look at; or None.
+      mask: bool (B, S), False for keys that no query may look at; or (B, T, S), a row a query; or None.
+      causal: queries see no later key.
+      window: with `causal`, the number of keys that a query sees at most, its own among them; None: all.
 
     Returns:
       (B, T, heads, head width).
@@ -57,8 +62,18 @@ def attention(
     if implementation == "auto" and (bias is not None or mask is not None):
         implementation = "xla"
     chosen = choose(implementation, query.dtype, query.shape[-1])
-    keys = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, bias, keys, scale=scale, implementation=chosen)
+    keys = None if mask is None else mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        keys,
+        scale=scale,
+        is_causal=causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=chosen,
+    )
 
 
 def attention_row_scores(query: jax.Array, key: jax.Array, row: int = 0, scale: float | None = None) -> jax.Array:

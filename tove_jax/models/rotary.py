@@ -43,10 +43,15 @@ class Rotary(NamedTuple):
         if self.pairs == "adjacent":
             turned = jnp.stack([-patches[..., 1::2], patches[..., ::2]], axis=-1).reshape(patches.shape)
         else:
-            first, second = jnp.split(patches, 2, axis=-1)
-            turned = jnp.concatenate([-second, first], axis=-1)
+            turned = turn_halves(patches)
         patches = (patches * self.cos[:, None] + turned * self.sin[:, None]).astype(x.dtype)
         return jnp.concatenate([x[:, :leading], patches], axis=1) if leading else patches
+
+
+def turn_halves(x: jax.Array) -> jax.Array:
+    """Turns channels (i, i + width / 2) by a right angle: (..., width), the same shape."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([-second, first], axis=-1)
 
 
 def eva02(

@@ -158,9 +158,20 @@ def _body(
         x, row, told = result
         return x, (row, told)
 
+    return rematerialised(body, remat, prevent_cse=prevent_cse)
+
+
+def rematerialised(body: Callable[..., Any], remat: Remat, *, prevent_cse: bool) -> Callable[..., Any]:
+    """Returns a layer whose backward pass computes again what `remat` does not keep.
+
+    Args:
+      body: one layer.
+      remat: see `tove_jax.models.vit.VisionTransformer`.
+      prevent_cse: False inside a loop, where nothing can be merged across iterations and the barrier would
+        only cost.
+    """
     if remat == "none":
         return body
     policies = jax.checkpoint_policies
     dots = policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    # Inside a loop nothing can be merged across iterations, so the barrier would only cost.
     return jax.checkpoint(body, policy=dots, prevent_cse=prevent_cse)

@@ -19,6 +19,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "embed": ("fsdp",),
     "heads": ("tensor",),
+    "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "expert": (),
     "rank": (),

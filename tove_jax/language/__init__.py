@@ -1,0 +1,1 @@
+"""Text from language models: decoding, ranking of answers."""

@@ -1,0 +1,335 @@
+"""Llama and its kin (Vicuna, Mistral, Qwen2 and 2.5): one decoder, its layers stacked and scanned."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tove_jax.errors import InputError
+from tove_jax.models.attention import Implementation, attention
+from tove_jax.models.block import LOGICAL_AXES as BLOCK_AXES
+from tove_jax.models.block import TOKENS, Mlp, make_norm, stacked_init
+from tove_jax.models.causal import Cache, Memory, Rope, make_cache, row_positions, run_layers, turn, visible
+from tove_jax.models.stack import Remat, parse
+from tove_jax.parallel import constrain
+
+LOGICAL_AXES = (
+    (r"(.*/)?layers/attention/(key|value)/kernel", ("layers", "embed", "kv_heads")),
+    (r"(.*/)?layers/attention/(key|value)/bias", ("layers", "kv_heads")),
+    *BLOCK_AXES,
+    (r"(.*/)?token_embed", ("vocab", "embed")),
+    (r"(.*/)?norm/scale", ("embed",)),
+    (r"(.*/)?head/kernel", ("embed", "vocab")),
+)
+"""First-match rules from parameter paths to logical axis names, under any prefix."""
+
+
+class CausalAttention(nn.Module):
+    """Self-attention of a decoder, several query heads sharing a key and a value head.
+
+    Attributes: see `Llama`; `out_std` is the standard deviation of the output projection's initial weights.
+    """
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    out_std: float
+    dtype: Any
+    implementation: Implementation
+    biases: tuple[str, ...]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: Memory | None,
+        tables: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        window: int | None,
+    ) -> tuple[jax.Array, Memory | None]:
+        """Returns (B, T, D) and the extended memory; without a mask attention is causal, within `window`."""
+        width = x.shape[-1]
+
+        def heads(name: str, count: int, axis: str) -> jax.Array:
+            init = nn.initializers.normal(width**-0.5)
+            size = count * self.head_width
+            y = nn.Dense(size, name in self.biases, dtype=self.dtype, kernel_init=init, name=name)(x)
+            return constrain(y.reshape(*y.shape[:-1], count, self.head_width), ("batch", "tokens", axis, None))
+
+        query = turn(heads("query", self.heads, "heads"), tables)
+        key = turn(heads("key", self.kv_heads, "kv_heads"), tables)
+        value = heads("value", self.kv_heads, "kv_heads")
+        if memory is not None:
+            memory, key, value = memory.extend(key, value)
+        open_ = mask is None
+        y = attention(query, key, value, self.implementation, mask=mask, causal=open_, window=window if open_ else None)
+        init = nn.initializers.normal(self.out_std)
+        out = nn.Dense(width, "out" in self.biases, dtype=self.dtype, kernel_init=init, name="out")
+        return out(y.reshape(*x.shape[:-1], -1)), memory
+
+
+class Layer(nn.Module):
+    """One layer of `Llama`, whose attributes these are."""
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    norm_epsilon: float
+    out_std: float
+    dtype: Any
+    implementation: Implementation
+    biases: tuple[str, ...]
+    mlp_bias: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: Memory | None,
+        tables: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None,
+        window: int | None = None,
+    ) -> tuple[jax.Array, Memory | None]:
+        """Returns (B, T, D) and the extended memory; see `CausalAttention`."""
+        attend = CausalAttention(
+            self.heads,
+            self.kv_heads,
+            self.head_width,
+            self.out_std,
+            self.dtype,
+            self.implementation,
+            self.biases,
+            name="attention",
+        )
+        mlp = Mlp(self.mlp_width, "silu", self.out_std, self.dtype, gated=True, bias=self.mlp_bias, name="mlp")
+        y, memory = attend(make_norm("rms", "norm1", self.norm_epsilon, self.dtype)(x), memory, tables, mask, window)
+        x = constrain(x + y, TOKENS)
+        y, _ = mlp(make_norm("rms", "norm2", self.norm_epsilon, self.dtype)(x))
+        return constrain(x + y, TOKENS), memory
+
+
+class Llama(nn.Module):
+    """Decoder of the Llama family, equal to transformers' Llama, Mistral and Qwen2 models.
+
+    Llama (arXiv:2302.13971, 2307.09288; Vicuna has its architecture), Mistral (arXiv:2310.06825: a sliding window,
+    fewer key heads), Qwen2 and Qwen2.5 (arXiv:2407.10671: biases on query, key and value). Parameters, everything
+    under ``layers/`` stacked on a leading axis of length ``depth``::
+
+        token_embed (V, D)                   norm/scale (D,)        head/kernel (D, V), unless tied
+        layers/norm{1,2}/scale (L, D)
+        layers/attention/query/kernel (L, D, heads * d)             layers/attention/out/kernel (L, heads * d, D)
+        layers/attention/{key,value}/kernel (L, D, kv_heads * d)    [layers/attention/*/bias]
+        layers/mlp/{gate,fc1}/kernel (L, D, F)                      layers/mlp/fc2/kernel (L, F, D)     [biases]
+
+    They are float32 when initialised, may be stored in another dtype, and are cast at use.
+
+    Attributes:
+      vocabulary: V, number of tokens.
+      width: D.
+      depth: number of layers L.
+      heads: attention heads.
+      kv_heads: key and value heads; divides `heads`.
+      head_width: channels a head d.
+      mlp_width: F.
+      rope: rotary positions.
+      norm_epsilon: of every root-mean-square norm.
+      window: tokens that a token sees at most, itself among them; None: all before it.
+      window_from: the first layer that has the window.
+      biases: which of ``query``, ``key``, ``value`` and ``out`` have one.
+      mlp_bias: whether the MLP's linears have one.
+      tied: the head is the token embedding.
+      dtype: compute dtype; norm statistics, softmax, rotation and logits are float32 at the least.
+      attention: see `tove_jax.models.attention.choose`.
+      remat: see `tove_jax.models.vit.VisionTransformer`.
+    """
+
+    vocabulary: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    rope: Rope = Rope()
+    norm_epsilon: float = 1e-6
+    window: int | None = None
+    window_from: int = 0
+    biases: tuple[str, ...] = ()
+    mlp_bias: bool = False
+    tied: bool = False
+    dtype: Any = jnp.float32
+    attention: Implementation = "auto"
+    remat: Remat = "none"
+
+    def setup(self) -> None:
+        init = nn.initializers.normal
+        self.token_embed = self.param("token_embed", init(0.02), (self.vocabulary, self.width))
+        self.layers = self.param("layers", self._init_layers)
+        self.norm = make_norm("rms", "norm", self.norm_epsilon, self.dtype)
+        if not self.tied:
+            self.head = self.param("head", lambda rng: {"kernel": init(0.02)(rng, (self.width, self.vocabulary))})
+
+    @property
+    def block(self) -> Layer:
+        """One layer."""
+        return Layer(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_width=self.head_width,
+            mlp_width=self.mlp_width,
+            norm_epsilon=self.norm_epsilon,
+            out_std=self.width**-0.5 * (2 * self.depth) ** -0.5,
+            dtype=self.dtype,
+            implementation=self.attention,
+            biases=self.biases,
+            mlp_bias=self.mlp_bias,
+            parent=None,
+        )
+
+    def _init_layers(self, rng: jax.Array) -> Any:
+        tables = (jnp.ones((1, 1, 1, self.head_width)),) * 2
+        block = self.block
+        # The memory and the mask are absent, which vmapped initialisation takes as they are.
+        return stacked_init(block, self.depth, jnp.zeros((1, 1, self.width)), None, tables, None)(rng)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns (B, T, D) of token ids int (B, T), in the compute dtype."""
+        return jnp.take(self.token_embed, tokens, axis=0).astype(self.dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 (..., V) of final hidden states (..., D), after the norm."""
+        kernel = (self.token_embed.T if self.tied else self.head["kernel"]).astype(self.dtype)
+        precise = jnp.promote_types(self.dtype, jnp.float32)
+        y = jnp.einsum("...d,dv->...v", hidden.astype(self.dtype), kernel, preferred_element_type=precise)
+        return constrain(y, ("batch", *("tokens",) * (y.ndim - 2), "vocab"))
+
+    def make_cache(self, batch: int, size: int, dtype: Any = None) -> Cache:
+        """Returns an empty cache for `size` tokens a row, in the compute dtype unless told."""
+        return make_cache(self.depth, batch, size, self.kv_heads, self.head_width, dtype or self.dtype)
+
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        embeddings: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        at: jax.Array | None = None,
+        intermediates: Sequence[str] = (),
+        final: bool = True,
+    ) -> tuple[jax.Array | None, dict[str, Any]]:
+        """Reads rows of tokens; what is not asked for is not computed.
+
+        Args:
+          tokens: int (B, T); or
+          embeddings: (B, T, D), in place of tokens, such as text merged with picture tokens.
+          mask: bool (B, T), False for padding on either side; or int, numbers of the texts packed into a row,
+            rising from 1, 0 for padding: a token sees its own text alone (without a cache). None: all are
+            tokens. Rows padded on the right need no mask, for no token looks ahead; without one, flash attention
+            is used where there is one.
+          positions: int (B, T) for the rotary embedding; None: counted within each text, padding left out.
+          cache: what was read before; the tokens are appended to it.
+          at: int (B, K), places whose logits are wanted; None: all.
+          intermediates: names among ``embeddings`` (B, T, D), the input of the first layer; ``layers/{i}``
+            (B, T, D), the output of layer i, negative counting from the end; ``hidden`` (B, T, D), the last
+            layer's output after the final norm.
+          final: whether logits are wanted; without them, layers after the last one asked for are not run.
+
+        Returns:
+          Logits, float32 (B, T, V) or (B, K, V) (None unless `final`), and a dict with exactly the names asked
+          for, and ``cache`` where one was given.
+
+        Raises:
+          InputError: both or neither of tokens and embeddings, arrays that do not fit, an unknown name.
+        """
+        x = self._check(tokens, embeddings, mask, cache)
+        batch, length = x.shape[:2]
+        for name in intermediates:
+            if "attention" in name:
+                raise InputError(f"intermediate '{name}': expected embeddings, hidden or layers/<i>")
+        asked = parse(intermediates, self.depth, ("embeddings", "hidden"))
+        x = constrain(x, TOKENS)
+        found: dict[str, Any] = {"embeddings": x}
+        rows = jnp.ones((batch, length), bool) if mask is None else mask
+        keys, first = rows, jnp.zeros((), jnp.int32)
+        if cache is not None:
+            first = cache.count
+            keys = jax.lax.dynamic_update_slice(cache.mask, rows.astype(bool), (jnp.zeros((), jnp.int32), first))
+            rows = rows.astype(bool)
+        if positions is None:
+            positions = row_positions(rows)
+            if cache is not None:
+                positions += cache.mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
+        tables = self.rope.tables(self.head_width, positions)
+        call, data = self._masks(mask, cache, rows, keys, first, tables)
+        wanted = final or "hidden" in intermediates
+        x, told, cache_after = run_layers(
+            self.block,
+            self.layers,
+            x,
+            asked,
+            data=data,
+            cache=cache,
+            remat=self.remat,
+            output_wanted=wanted or self.is_initializing(),
+            call=call,
+        )
+        found.update(told)
+        if cache is not None and cache_after is not None:
+            found["cache"] = cache_after._replace(mask=keys, count=first + length)
+        logits = None
+        if wanted or self.is_initializing():
+            hidden = found["hidden"] = self.norm(x)
+            if final:
+                if at is not None:
+                    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+                logits = self.logits(hidden)
+        names = (*intermediates, "cache") if cache is not None else intermediates
+        return logits, {name: found[name] for name in names}
+
+    def _masks(
+        self, mask: Any, cache: Cache | None, rows: jax.Array, keys: jax.Array, first: jax.Array, tables: Any
+    ) -> tuple[Any, Any]:
+        """Returns what each layer is called with, as a function of its own data, and that data."""
+        mixed = self.window is not None and 0 < self.window_from < self.depth
+        window = None if self.window is None or self.window_from >= self.depth else self.window
+        if mask is None and cache is None and not mixed:
+            return (lambda _: (tables, None, window)), None
+        near = visible(rows, keys, first, window)
+        if not mixed:
+            return (lambda _: (tables, near, None)), None
+        far = visible(rows, keys, first)
+        # All layers share one compiled body, so the choice between the two masks is data.
+        return (lambda own: (tables, jnp.where(own, near, far), None)), jnp.arange(self.depth) >= self.window_from
+
+    def _check(self, tokens: Any, embeddings: Any, mask: Any, cache: Cache | None) -> jax.Array:
+        if (tokens is None) == (embeddings is None):
+            raise InputError("language model: expected either tokens or embeddings")
+        if tokens is not None:
+            if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+                raise InputError(f"tokens: expected integers (batch, tokens), found {tokens.dtype} {tokens.shape}")
+            x = self.embed(tokens)
+        else:
+            if embeddings.ndim != 3 or embeddings.shape[-1] != self.width:
+                raise InputError(f"embeddings: expected (batch, tokens, {self.width}), found {embeddings.shape}")
+            x = embeddings.astype(self.dtype)
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise InputError(f"mask: expected {x.shape[:2]}, found {mask.shape}")
+        if cache is not None and (cache.mask.shape[0] != x.shape[0] or cache.mask.shape[1] < x.shape[1]):
+            raise InputError(f"cache: {cache.mask.shape} (batch, places) cannot take tokens {x.shape[:2]}")
+        return x
+
+
+@functools.lru_cache(maxsize=32)
+def abstract_params(module: Llama) -> Any:
+    """Returns the parameter tree as `jax.ShapeDtypeStruct`, float32; nothing is computed."""
+    example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    found: Any = jax.eval_shape(module.init, jax.random.key(0), example)
+    return found["params"]
