@@ -216,9 +216,10 @@ def test_presets_of_hawaii_differ_as_written():
 def test_readme_lists_every_expert_with_its_licence():
     readme = (ROOT / "README.md").read_text()
     for name, card in cards().items():
-        assert f"| `{name}`" in readme, name
-        if name != "clip":
-            assert re.search(rf"\| `{name}`.*\| {re.escape(card.licence)} \|", readme), name
+        # A row may name several, separated by commas.
+        rows = [line for line in readme.splitlines() if re.match(rf"\| (`\w+`, )*`{name}`[,:]", line)]
+        assert len(rows) == 1, name
+        assert name == "clip" or rows[0].endswith(f"| {card.licence} |"), name
 
 
 def test_every_command_is_in_the_readme():
