@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tove_jax.cli.extract import share
 from tove_jax.config.schema import Config, DataConfig, FeaturesConfig, StudentConfig
 from tove_jax.data.picture import Picture
 from tove_jax.data.split import split
@@ -194,8 +195,7 @@ def test_again_reads_no_picture(unbroken):
 
 def test_killed_at_any_moment_and_started_again(nursery, unbroken_old, tmp_path):
     """Processes die one after the other, each some steps on; whenever one finishes, its store is compared."""
-    rng = random.Random(0)
-    steps = [1, 2, 4, 8, 12, *(rng.randrange(9, 50) for _ in range(8))]
+    steps = [1, 4, 9, 14, 20, 27, 33, 40, 46]
     folder, finished, remains = tmp_path / "0", 0, set()
     for step in [*steps, 0]:
         status = nursery.wait(nursery.start(folder, kill_at=step, **OLD))
@@ -251,6 +251,13 @@ def test_shares_of_hosts_without_a_common_disk(tmp_path):
     assert source.reads == 18
     with pytest.raises(InputError, match="found 2/2"):
         extract(HOST, Toys(), range(COUNT), tmp_path / "2", share=(2, 2), **OPTIONS)
+
+
+def test_share_of_the_command():
+    assert share("1/4") == (1, 4)
+    for text in ("", "1", "4/4", "-1/4", "a/b"):
+        with pytest.raises(ValueError):
+            share(text)
 
 
 def test_a_shard_is_written_by_one_alone(tmp_path):

@@ -15,7 +15,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="Only these of the configured experts; those that training reads when left out.",
     )
+    parser.add_argument(
+        "--share",
+        metavar="I/N",
+        type=share,
+        help="Only shards I, I + N, ... from 0, waiting for nobody: for hosts without a common disk.",
+    )
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
+
+
+def share(text: str) -> tuple[int, int]:
+    """Reads ``I/N``; ValueError when it is not that."""
+    number, slash, count = text.partition("/")
+    if not slash or not 0 <= int(number) < int(count):
+        raise ValueError(text)
+    return int(number), int(count)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     read = methods.get(args.config.method.name).training_experts(args.config)
     only = args.experts.split(",") if args.experts else read
-    stores = extract_all(args.config, args.workdir, experts=only, progress=not args.quiet)
+    stores = extract_all(args.config, args.workdir, experts=only, progress=not args.quiet, share=args.share)
     for folders in stores.values():
         for folder in folders:
             print(folder)

@@ -30,7 +30,6 @@ class Runner:
 
     Attributes:
       expert: what runs.
-      batch: pictures a call; `halve` makes it smaller.
     """
 
     def __init__(self, expert: Expert, batch: int = 0) -> None:
@@ -48,7 +47,14 @@ class Runner:
             raise InputError(f"batch: expected 0 or more, found {batch}")
         self.expert = expert
         self._call: Callable[[np.ndarray], ExpertFeatures] | None = None
-        self.batch = batch or (self._fitting() if expert.card.backend == "jax" else BATCH)
+        self._batch = batch
+
+    @property
+    def batch(self) -> int:
+        """Pictures a call; found when first asked for, made smaller by `halve`."""
+        if not self._batch:
+            self._batch = self._fitting() if self.expert.card.backend == "jax" else BATCH
+        return self._batch
 
     def __call__(self, pixels: np.ndarray) -> ExpertFeatures:
         """Runs the expert on uint8 (batch, size, size, 3); JAX arrays come back before they are computed."""
@@ -64,7 +70,7 @@ class Runner:
         """
         if self.batch == 1:
             raise InputError(f"expert {self.expert.card.name!r}: no memory for a single picture: {error}") from error
-        self.batch = max(1, self.batch // 2)
+        self._batch = max(1, self.batch // 2)
         self._call = None
 
     def _host(self, pixels: np.ndarray) -> ExpertFeatures:
