@@ -27,6 +27,8 @@ PREFETCH_LIMIT = 2**30
 
 Batch = dict[str, Any]
 
+_STUDENT = ""  # its view's name among the further ones
+
 
 class FeatureReader(Protocol):
     """Features of one expert by picture id; safe to read from several threads."""
@@ -66,26 +68,38 @@ class _Features:
             arrays[key][row] = value
 
 
-class _Pixels:
-    """The student's cut pixels of each picture, plain and mirrored, kept in memory when asked to."""
+class _Opened:
+    """One picture of the source, decoded when it is first asked for."""
 
-    def __init__(self, source: PictureSource, indices: np.ndarray, view: View, *, keep: bool, sides: int):
-        self.source, self.indices, self.views = source, indices, (view, view.flipped())[:sides]
+    def __init__(self, source: PictureSource, index: int):
+        self.source, self.index = source, index
+        self._image: np.ndarray | None = None
+
+    def image(self) -> np.ndarray:
+        if self._image is None:
+            self._image = self.source[self.index].image
+        return self._image
+
+
+class _Pixels:
+    """One view's cut pixels of each picture, plain and mirrored, kept in memory when asked to."""
+
+    def __init__(self, indices: np.ndarray, view: View, *, keep: bool, sides: int):
+        self.indices, self.views = indices, (view, view.flipped())[:sides]
         self.keep = keep
         # Plain zeros: the system gives the pages out as they are written.
         shape = (sides, len(indices) if keep else 0)
         self.kept = np.zeros((*shape, view.size, view.size, 3), np.uint8)
         self.done = np.zeros(shape, bool)
 
-    def read(self, position: int, side: int) -> np.ndarray:
+    def read(self, position: int, side: int, picture: _Opened) -> np.ndarray:
         if self.keep and self.done[side, position]:
             return self.kept[side, position]
-        image = self.source[int(self.indices[position])].image
         if not self.keep:
-            return self.views[side].cut(image)
+            return self.views[side].cut(picture.image())
         # Both sides at once: decoding costs more than cutting. Two threads may do the same; they write the same.
         for number, view in enumerate(self.views):
-            self.kept[number, position] = view.cut(image)
+            self.kept[number, position] = view.cut(picture.image())
             self.done[number, position] = True
         return self.kept[side, position]
 
@@ -105,14 +119,16 @@ class _Assemble:
         rows: range,
         indices: np.ndarray,
         ids: list[str],
-        pixels: _Pixels,
+        source: PictureSource,
+        cuts: dict[str, _Pixels],
         features: tuple[dict[str, _Features], ...],
         captions: np.ndarray | None,
         pictured: np.ndarray | None,
         seed: int,
     ):
         self.order, self.total, self.batch, self.rows = order, total, batch, rows
-        self.indices, self.ids, self.pixels, self.features, self.seed = indices, ids, pixels, features, seed
+        self.indices, self.ids, self.features, self.seed = indices, ids, features, seed
+        self.source, self.cuts = source, cuts
         self.captions, self.pictured = captions, pictured
 
     def side(self, epoch: int, position: int) -> int:
@@ -120,8 +136,9 @@ class _Assemble:
         return 0 if len(self.features) == 1 else _mix(self.seed, epoch, int(self.indices[position]), 1) & 1
 
     def __call__(self, step: int) -> Batch:
-        rows, size = len(self.rows), self.pixels.views[0].size
-        pixels = np.empty((rows, size, size, 3), np.uint8)
+        rows = len(self.rows)
+        sizes = {name: cut.views[0].size for name, cut in self.cuts.items()}
+        pixels = {name: np.empty((rows, size, size, 3), np.uint8) for name, size in sizes.items()}
         mask = np.zeros(rows, bool)
         record = np.full(rows, -1, np.int32)
         arrays = {
@@ -131,17 +148,22 @@ class _Assemble:
         for row, place in enumerate(self.rows):
             place += step * self.batch
             if place >= self.total:
-                for array in (pixels, *(array for payload in arrays.values() for array in payload.values())):
-                    array[row] = 0
+                for payload in (pixels, *arrays.values()):
+                    for array in payload.values():
+                        array[row] = 0
                 continue
             epoch, position = self.order[place]
             side = self.side(epoch, position)
-            pixels[row] = self.pixels.read(position, side)
+            picture = _Opened(self.source, int(self.indices[position]))
+            for name, cut in self.cuts.items():
+                pixels[name][row] = cut.read(position, side, picture)
             for expert, one in self.features[side].items():
                 one.read_into(arrays[expert], row, self.ids[position])
             mask[row] = True
             record[row] = self.indices[position]
-        result = {"pixels": pixels, "features": arrays, "mask": mask, "record": record}
+        result = {"pixels": pixels.pop(_STUDENT), "features": arrays, "mask": mask, "record": record}
+        if pixels:
+            result["views"] = pixels
         if self.pictured is not None:
             result["has_picture"] = mask & self.pictured[record]
         if self.captions is not None:
@@ -201,6 +223,7 @@ def make_loader(
     batch: int,
     seed: int = 0,
     flip_readers: Mapping[str, FeatureReader] | None = None,
+    views: Mapping[str, View] | None = None,
     captions: np.ndarray | None = None,
     shuffle: bool = True,
     epochs: int | None = None,
@@ -217,7 +240,8 @@ def make_loader(
     ``pixels`` uint8 (b, size, size, 3), the student's cut, not normalised; ``features``
     {expert: payload with a leading b}; ``mask`` bool (b,), False for rows that only fill the last
     batch (zeros, record -1); ``record`` int32 (b,), index into ``source.ids``. Features are found by
-    picture id. A source that knows rows without a picture (LLaVA's text) adds ``has_picture`` bool (b,).
+    picture id. With `views` there is ``views`` {name: uint8 (b, size, size, 3)}, the same pictures, mirrored
+    alike, cut by each of them. A source that knows rows without a picture (LLaVA's text) adds ``has_picture`` bool (b,).
     With `captions` there are ``captions`` int32 (b, L) and ``caption_mask`` bool (b, L), which of
     them are tokens. Row r of process p is row ``p * b + r`` of the global batch.
 
@@ -235,6 +259,8 @@ def make_loader(
       batch: global batch, a multiple of `process_count`.
       seed: of order and flips.
       flip_readers: features of the mirrored pictures, the same experts; None: never mirror.
+      views: further views of the pictures, not mirrored, by names other than the empty one; a picture is decoded
+        once for all of them.
       captions: int32 (len(source), L), the tokens of each record's caption, -1 where there are no more;
         None: none are given.
       shuffle: else in the order of `indices`.
@@ -243,8 +269,8 @@ def make_loader(
       threads: that read, decode and copy.
       prefetch: batches kept ready; fewer when they would take over a GiB, but two at least.
       process_index, process_count: this process among all.
-      cache_pixels: keep cut pixels in memory, so that each picture is decoded once; None: when they
-        take no more than 256 MiB.
+      cache_pixels: keep cut pixels in memory, so that each picture is decoded once; None: of the student's
+        view and then each further one, while they take no more than 256 MiB in all.
 
     Returns:
       The loader.
@@ -288,8 +314,13 @@ def make_loader(
         )
 
     count, local, sides = len(indices), batch // process_count, len(features)
-    picture_bytes = view.size * view.size * 3
-    keep = count * sides * picture_bytes <= CACHE_LIMIT if cache_pixels is None else cache_pixels
+    cuts, picture_bytes, left = {}, 0, CACHE_LIMIT
+    for name, shown in {_STUDENT: view, **(views or {})}.items():
+        size = shown.size * shown.size * 3
+        picture_bytes += size
+        keep = count * sides * size <= left if cache_pixels is None else cache_pixels
+        left -= count * sides * size if keep else 0
+        cuts[name] = _Pixels(indices, shown, keep=keep, sides=sides)
     # Grain seeds epoch e with seed + e: mixing first keeps neighbouring seeds from sharing orders.
     order = grain.MapDataset.range(count).map_with_index(_Numbered(count))
     if shuffle:
@@ -309,7 +340,8 @@ def make_loader(
         range(process_index * local, (process_index + 1) * local),
         indices.astype(np.int32),
         ids,
-        _Pixels(source, indices, view, keep=keep, sides=sides),
+        source,
+        cuts,
         tuple(features),
         captions,
         None if (pictured := getattr(source, "pictured", None)) is None else np.asarray(pictured, bool),

@@ -75,6 +75,8 @@ class Expert:
         -> ExpertFeatures``; normalises by the view itself. jit-able when ``card.backend == "jax"``,
         otherwise NumPy in, NumPy out.
       extras: further named maps for reports (``{"edges": fn(params, pixels) -> (B, h, w)}``).
+      logical_axes: first-match table from parameter paths to logical axis names, by which `params` are sharded
+        when the expert runs in the training step; empty: they are replicated.
     """
 
     card: ExpertCard
@@ -82,3 +84,4 @@ class Expert:
     weights_hash: str
     apply: Callable[[Any, Any], ExpertFeatures]
     extras: dict[str, Callable[[Any, Any], Any]] = dataclasses.field(default_factory=dict)
+    logical_axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()

@@ -15,6 +15,7 @@ from tove_jax.config.schema import StudentConfig
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
+from tove_jax.experts.published import DTYPES
 from tove_jax.files.weights import hash_arrays
 
 CARD = ExpertCard(
@@ -88,7 +89,9 @@ def _card(folder: Path, student: StudentConfig, weights: Path) -> ExpertCard:
     )
 
 
-def describe(*, weights: Path | None = None, size: int | None = None, feature: str | None = None) -> ExpertCard:
+def describe(
+    *, weights: Path | None = None, size: int | None = None, feature: str | None = None, dtype: str = "float32"
+) -> ExpertCard:
     """Returns the card of a CLIP folder, from its configuration files.
 
     Arguments and errors as `load`.
@@ -109,7 +112,9 @@ def _check_size(student: StudentConfig, size: int | None) -> None:
         )
 
 
-def load(*, weights: Path | None = None, size: int | None = None, feature: str | None = None) -> Expert:
+def load(
+    *, weights: Path | None = None, size: int | None = None, feature: str | None = None, dtype: str = "float32"
+) -> Expert:
     """Loads the vision tower of a CLIP folder.
 
     Args:
@@ -117,6 +122,7 @@ def load(*, weights: Path | None = None, size: int | None = None, feature: str |
       size: pixels a side; position embeddings are resized when it is not the folder's own.
       feature: ``layers/<i>``, the layer whose output is given; None: as the folder's config.json
         says, ``layers/-2`` where it does not.
+      dtype: compute dtype, ``float32``, ``bfloat16`` or ``float16``; parameters stay float32.
 
     Returns:
       An expert whose patches (B, H, W, D) and summary (B, D) are the patch tokens and CLS after
@@ -129,23 +135,25 @@ def load(*, weights: Path | None = None, size: int | None = None, feature: str |
     """
     from tove_jax.hf.load import load_clip, read_student
     from tove_jax.hf.rules import flatten
-    from tove_jax.models.vit import from_config
+    from tove_jax.models.vit import LOGICAL_AXES, from_config
 
     folder = _folder(weights)
+    if dtype not in DTYPES:
+        raise InputError(f"expert clip: dtype: expected {', '.join(DTYPES)}, found {dtype!r}")
     _check_size(read_student(folder), size)
     fields, params = load_clip(folder, image_size=size)
     student = StudentConfig(**fields)
     layer = _feature(student, feature)
     row = f"{layer}/attention_cls_scores"
     card = _card(folder, student, weights)
-    network = from_config(student)
+    network = from_config(student, dtype=jnp.dtype(dtype))
     height, width = card.grid
 
     def apply(params: Any, pixels: Any) -> ExpertFeatures:
         images = card.view.normalize(pixels)
         _, found = network.apply({"params": params}, images, intermediates=(layer, row), final=False)
         tokens = found[layer]
-        logs = jax.nn.log_softmax(found[row], axis=-1)
+        logs = jax.nn.log_softmax(found[row].astype(jnp.float32), axis=-1)
         return ExpertFeatures(
             patches=tokens[:, 1:].reshape(-1, height, width, tokens.shape[-1]),
             summary=tokens[:, 0],
@@ -153,4 +161,5 @@ def load(*, weights: Path | None = None, size: int | None = None, feature: str |
             cls_scores=logs.mean(1)[:, 1:],
         )
 
-    return Expert(card, jax.tree.map(jnp.asarray, params), hash_arrays(flatten(params)), apply)
+    digest, params = hash_arrays(flatten(params)), jax.tree.map(jnp.asarray, params)
+    return Expert(card, params, digest, apply, logical_axes=LOGICAL_AXES)

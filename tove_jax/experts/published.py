@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from tove_jax.files.weights import hash_arrays, read_arrays
 from tove_jax.hf.load import locate
 from tove_jax.hf.rules import Rule, flatten, to_tree, unflatten
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
+"""In which an expert may compute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,14 @@ class Published:
     extras: Mapping[str, Callable[[nn.Module, Any, jax.Array], Any]] = dataclasses.field(default_factory=dict)
     also: tuple[tuple[Rule, ...], ...] = ()
 
+    def abstract(self, size: int | None = None) -> dict[str, Any]:
+        """Returns the tree of parameters at an input size as `jax.ShapeDtypeStruct`; nothing is computed."""
+        size = size or self.card.view.size
+        return _abstract(self.build(size), size)
+
     def shapes(self, size: int | None = None) -> dict[str, tuple[int, ...]]:
         """Returns path and shape of every parameter at an input size; nothing is computed."""
-        size = size or self.card.view.size
-        return {path: leaf.shape for path, leaf in flatten(_abstract(self.build(size), size)).items()}
+        return {path: leaf.shape for path, leaf in flatten(self.abstract(size)).items()}
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns name and shape of every published array that is used."""
@@ -103,9 +109,10 @@ class Published:
             return lambda params, pixels: function(module, params, card.view.normalize(pixels))
 
         extras = {name: bind(function) for name, function in self.extras.items()}
-        return Expert(
-            card, jax.tree.map(jnp.asarray, params), hash_arrays(flatten(params)), bind(self.features), extras
-        )
+        # Each family's module has its table of logical axes.
+        axes = getattr(sys.modules[type(module).__module__], "LOGICAL_AXES", ())
+        digest, params = hash_arrays(flatten(params)), jax.tree.map(jnp.asarray, params)
+        return Expert(card, params, digest, bind(self.features), extras, axes)
 
     def read(self, weights: Path | str | None = None, size: int | None = None) -> dict[str, Any]:
         """Reads published weights into the module's tree, float32.
@@ -155,8 +162,8 @@ class Published:
         allowed = isinstance(size, int) and size > 0 and size % self.multiple == 0
         if not (size is None or size == self.card.view.size or allowed):
             raise InputError(f"expert {name}: size: expected a positive multiple of {self.multiple}, found {size!r}")
-        if dtype not in _DTYPES:
-            raise InputError(f"expert {name}: dtype: expected {', '.join(_DTYPES)}, found {dtype!r}")
+        if dtype not in DTYPES:
+            raise InputError(f"expert {name}: dtype: expected {', '.join(DTYPES)}, found {dtype!r}")
 
 
 def _names(rules: tuple[Rule, ...], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

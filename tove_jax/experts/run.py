@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ FLIP_SUFFIX = "@flip"
 """Ends the folder name of a store of mirrored pictures."""
 
 
-def chosen_experts(config: Config, only: Sequence[str] | None = None) -> dict[str, str]:
+def chosen_experts(config: Config, only: Collection[str] | None = None) -> dict[str, str]:
     """Returns the configured experts, name -> spec (`tove_jax.config.specs`).
 
     Args:
@@ -83,7 +83,7 @@ def as_viewed(config: Config, card: ExpertCard) -> ExpertCard:
     return dataclasses.replace(card, view=dataclasses.replace(card.view, fit=config.student.view.fit, resize=None))
 
 
-def expert_cards(config: Config, workdir: Path, only: Sequence[str] | None = None) -> dict[str, ExpertCard]:
+def expert_cards(config: Config, workdir: Path, only: Collection[str] | None = None) -> dict[str, ExpertCard]:
     """Returns the card of every configured expert, or of some, as this run loads it and stores its features.
 
     A codec that pools makes the grid smaller.
@@ -198,7 +198,7 @@ def extract_all(
 
 
 def open_stores(
-    config: Config, workdir: Path, *, flip: bool = False, only: Sequence[str] | None = None
+    config: Config, workdir: Path, *, flip: bool = False, only: Collection[str] | None = None
 ) -> dict[str, FeatureStore]:
     """Opens the configured experts' stores and checks their views.
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tove_jax.data.view import View
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError, NonFiniteError
 from tove_jax.experts.manifest import Manifest
+from tove_jax.experts.online import Online, load_online
 from tove_jax.experts.run import expert_cards, open_stores, store_path
 from tove_jax.experts.store import FeatureStore
 from tove_jax.parallel import check_replication, make_mesh, shard_batch
@@ -72,18 +73,23 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
             f"{config.train.accumulation} x {shards} shards of the batch"
         )
     read = methods.get(config.method.name).training_experts(config)
+    online = load_online(config, workdir, read)
+    read = [name for name in read if name not in online.experts]
     stores = open_stores(config, workdir, only=read)
     manifests = {name: store.manifest for name, store in stores.items()}
     flipped = open_stores(config, workdir, flip=True, only=read) if config.data.flip else None
-    source, words, loader = _make_loader(config, stores, flipped)
+    source, words, loader = _make_loader(config, stores, flipped, online.views)
     params, origins = initial_parameters(config, workdir, expert_cards(config, workdir))
     provenance = _provenance(config, workdir, manifests, origins)
+    provenance |= {f"expert/{name}": expert.weights_hash for name, expert in online.experts.items()}
     if words is not None:
         provenance["vocabulary"] = words.hash
     with jax.set_mesh(mesh):
         state, shardings, optimizer = initial_state(config, params, make_optimizer, mesh)
         check_replication(state.trainable, mesh, config.train.replicated_limit_mb)
         check_replication(state.frozen, mesh, config.train.replicated_limit_mb)
+        experts = online.on(mesh)
+        check_replication(experts, mesh, config.train.replicated_limit_mb)
         del params
         checkpoints = Checkpoints(workdir, config, provenance)
         latest = checkpoints.latest()
@@ -93,23 +99,26 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
             batches.set_state(data_state)
         if words is not None and not jax.process_index():
             words.write(workdir)
-        _announce(config, state, mesh, latest)
+        _announce(config, state, mesh, latest, online)
         step = jax.jit(
-            make_step(config, make_loss(config, manifests), optimizer),
+            make_step(config, make_loss(config, manifests | dict(online.manifests)), optimizer, online.prepare),
             donate_argnums=0,
-            in_shardings=(shardings, batch_sharding(mesh)),
+            in_shardings=(shardings, batch_sharding(mesh), online.shardings(mesh)),
             out_shardings=(shardings, replicated(mesh)),
         )
         try:
             run = _Run(config, workdir, mesh, batches, source.ids, checkpoints, provenance, progress)
-            return run.go(step, state, latest or 0)
+            return run.go(lambda state, batch: step(state, batch, experts), state, latest or 0)
         finally:
             batches.close()
             checkpoints.close()
 
 
 def _make_loader(
-    config: Config, stores: dict[str, FeatureStore], flipped: dict[str, FeatureStore] | None
+    config: Config,
+    stores: dict[str, FeatureStore],
+    flipped: dict[str, FeatureStore] | None,
+    views: Mapping[str, View],
 ) -> tuple[PictureSource, Vocabulary | None, Loader]:
     source = make_source(config.data)
     sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
@@ -125,6 +134,7 @@ def _make_loader(
         batch=config.train.batch,
         seed=config.train.seed,
         flip_readers=flipped,
+        views=views,
         captions=None if words is None else words.encode(source.captions),
         threads=config.data.threads,
         prefetch=config.data.prefetch,
@@ -145,14 +155,15 @@ def _provenance(
     return {**origins, **{f"expert/{name}": manifest.weights_hash for name, manifest in manifests.items()}}
 
 
-def _announce(config: Config, state: TrainState, mesh: Any, latest: int | None) -> None:
+def _announce(config: Config, state: TrainState, mesh: Any, latest: int | None, online: Online) -> None:
     if jax.process_index():
         return
     where = "from the start" if latest is None else f"resumed at step {latest}"
     print(
         f"train: {count(state.trainable):,} trainable and {count(state.frozen):,} frozen parameters, "
         f"batch {config.train.batch}, {config.train.steps} steps, mesh {dict(mesh.shape)} on "
-        f"{jax.devices()[0].device_kind}, {where}",
+        f"{jax.devices()[0].device_kind}, {where}"
+        + (f"; in the step: {', '.join(online.experts)}" if online.experts else ""),
         file=sys.stderr,
     )
 

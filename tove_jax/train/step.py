@@ -15,11 +15,12 @@ from tove_jax.train.state import TrainState, merge
 
 Batch = dict[str, Any]
 Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Prepare = Callable[[Any, Batch], Batch]
 
 
 def make_step(
-    config: Config, loss: Loss, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    config: Config, loss: Loss, optimizer: optax.GradientTransformation, prepare: Prepare | None = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the step; the caller jits it with shardings and donates the state.
 
     Gradients are taken of the trainable tree alone, so the frozen weights cost no gradient, no
@@ -30,21 +31,26 @@ def make_step(
       config: seed, accumulation and schedule are read.
       loss: ``(params, batch, key) -> (mean over real rows, metrics)``.
       optimizer: over the flat trainable tree.
+      prepare: ``(experts, batch) -> batch``, run on each micro-batch before anything is differentiated: the experts
+        that run in the step, see `tove_jax.experts.online`.
 
     Returns:
-      ``step(state, batch) -> (state, metrics)``; metrics are float32 scalars on the device.
+      ``step(state, batch, experts=None) -> (state, metrics)``; `experts` are what `prepare` takes, metrics are
+      float32 scalars on the device.
     """
     pieces = config.train.accumulation
     schedule = make_schedule(config.optim, config.train.steps)
 
-    def gradients(state: TrainState, batch: Batch, key: jax.Array) -> Any:
+    def gradients(state: TrainState, experts: Any, batch: Batch, key: jax.Array) -> Any:
+        batch = batch if prepare is None else prepare(experts, batch)
+
         def of_trainable(trainable: Any) -> Any:
             return loss(merge(trainable, state.frozen), batch, key)
 
         (_, metrics), grads = jax.value_and_grad(of_trainable, has_aux=True)(state.trainable)
         return metrics, grads
 
-    def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> Any:
+    def accumulated(state: TrainState, experts: Any, batch: Batch, key: jax.Array) -> Any:
         # Split the rows with the pieces as the inner axis: each device keeps its own rows.
         micro = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
         weights = micro["mask"].sum(1).astype(jnp.float32)
@@ -52,18 +58,18 @@ def make_step(
 
         def piece(total: Any, item: Any) -> Any:
             part, weight, index = item
-            result = gradients(state, part, jax.random.fold_in(key, index))
+            result = gradients(state, experts, part, jax.random.fold_in(key, index))
             return jax.tree.map(lambda t, r: t + weight.astype(t.dtype) * r, total, result), None
 
         first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(gradients, state, first, key)
+        shapes = jax.eval_shape(gradients, state, experts, first, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(piece, zeros, (micro, weights, jnp.arange(pieces)))
         return total
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Batch, experts: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        metrics, grads = (gradients if pieces == 1 else accumulated)(state, batch, key)
+        metrics, grads = (gradients if pieces == 1 else accumulated)(state, experts, batch, key)
         norm = global_norm(grads)
         good = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm) & (state.bad_step < 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
