@@ -56,7 +56,9 @@ def test_stops_asking_for_tokens():
     assert covariance.full()
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 60, 76, 96, 1152, 1664, 512, 768, 1280, 1408, 3072])
+@pytest.mark.parametrize(
+    "order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 60, 76, 96, 1152, 1664, 512, 768, 1280, 1408, 3072]
+)
 def test_hadamard(order):
     """12, 20, 24, 28, 44, 60: Paley's first; 36, 76: his second; multiples by doubling."""
     matrix = spectrum.hadamard(order)
