@@ -87,7 +87,7 @@ class Stored:
         return result
 
     def _fill(self, stream: Any, piece: np.ndarray) -> None:
-        view = memoryview(piece.reshape(-1).view(np.uint8))
+        view = piece.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             found = stream.readinto(view[done:])
@@ -251,9 +251,9 @@ def _write(path: Path, arrays: Mapping[str, Pending]) -> None:
     with open(path, "xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            array = arrays[name].get()
-            if array.shape != tuple(arrays[name].shape) or array.dtype != arrays[name].dtype:
-                raise ValueError(f"{name}: announced {arrays[name]}, found {array.dtype} {array.shape}")
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            content = arrays[name].get()
+            if content.shape != tuple(arrays[name].shape) or content.dtype != arrays[name].dtype:
+                raise ValueError(f"{name}: announced {arrays[name]}, found {content.dtype} {content.shape}")
+            stream.write(np.ascontiguousarray(content).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())

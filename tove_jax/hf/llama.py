@@ -152,7 +152,7 @@ def _rope(config: Mapping[str, Any], source: str) -> Rope:
     # transformers 5 writes rope_parameters, earlier releases rope_scaling beside rope_theta.
     given = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = float(given.get("rope_theta", config["rope_theta"]))
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind: Any = given.get("rope_type", given.get("type", "default"))
     kind = "none" if kind == "default" else kind
     if kind not in ("none", "linear", "dynamic", "llama3"):
         raise InputError(f"{source}: rotary embedding: expected default, linear, dynamic or llama3, found {kind!r}")
@@ -286,22 +286,20 @@ def load_params(
 
 def _reader(
     stored: Stored, axes: tuple[int, ...] | None, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """Returns a function from slices of our array to its content; equal slices in a row are read once."""
-    last: dict[Any, np.ndarray] = {}
+) -> Callable[[Any], np.ndarray]:
+    """Returns a function from slices of our array to its content; devices that hold the same share one reading."""
+    held: dict[Any, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        if key not in last:
-            last.clear()
-            out = np.empty([stop - start for start, stop, _ in key], dtype)
+        if key not in held:
+            out = held[key] = np.empty([stop - start for start, stop, _ in key], dtype)
             if axes is None:
                 stored.read(index, out=out)
             else:
                 back = np.argsort(axes)
                 stored.read([index[axis] for axis in back], out=out.transpose(back))
-            last[key] = out
-        return last[key]
+        return held[key]
 
     return read
 

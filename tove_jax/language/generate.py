@@ -96,12 +96,12 @@ def _generate(
     return decode(step, cache, logits, decoding, key)
 
 
-def _read(module: Llama, params: Any, inputs: dict[str, jax.Array], room: int) -> tuple[jax.Array, Any]:
+def _read(module: Llama, params: Any, inputs: dict[str, Any], room: int) -> tuple[jax.Array, Any]:
     """Reads prompts; returns the logits after each, (B, V), and the cache with room for more tokens."""
     rows, length = inputs["mask"].shape
     cache = module.make_cache(rows, length + room)
-    last = jnp.full((rows, 1), length - 1)
-    result: Any = module.apply({"params": params}, cache=cache, at=last, **inputs)
+    inputs = {**inputs, "cache": cache, "at": jnp.full((rows, 1), length - 1)}
+    result: Any = module.apply({"params": params}, **inputs)
     return result[0][:, 0], result[1]["cache"]
 
 

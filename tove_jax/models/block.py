@@ -345,7 +345,7 @@ class Block(nn.Module):
         return constrain(x + scaled("scale2", y), axes), found, told
 
 
-def stacked_init(block: nn.Module, depth: int, *example: jax.Array) -> Callable[[jax.Array], Any]:
+def stacked_init(block: nn.Module, depth: int, *example: Any) -> Callable[[jax.Array], Any]:
     """Returns an initialiser of `depth` layers' parameters, stacked on a leading axis, every layer drawing its own.
 
     Args:

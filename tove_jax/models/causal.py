@@ -118,14 +118,14 @@ class Cache(NamedTuple):
       keys: (L, B, size, key heads, head width), turned by their positions.
       values: the same.
       mask: bool (B, size), places that hold a token.
-      count: int32 (), places in use, padding among them; a token beyond `size` has no place, the caller
+      used: int32 (), places in use, padding among them; a token beyond `size` has no place, the caller
         sees to that.
     """
 
     keys: jax.Array
     values: jax.Array
     mask: jax.Array
-    count: jax.Array
+    used: jax.Array
 
     def take(self, rows: jax.Array) -> Cache:
         """Returns the rows with the given numbers, in that order; a row may come several times."""
@@ -144,18 +144,18 @@ class Memory(NamedTuple):
     Attributes:
       keys, values: of all layers, as in `Cache`.
       layer: int32 (), which layer.
-      count: int32 (), where the next token goes.
+      used: int32 (), where the next token goes.
     """
 
     keys: jax.Array
     values: jax.Array
     layer: jax.Array
-    count: jax.Array
+    used: jax.Array
 
     def extend(self, key: jax.Array, value: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
         """Stores (B, T, heads, width) each; returns the memory and the layer's (B, size, heads, width)."""
         zero = jnp.zeros((), jnp.int32)
-        place = (self.layer, zero, self.count, zero, zero)
+        place = (self.layer, zero, self.used, zero, zero)
 
         def put(whole: jax.Array, new: jax.Array) -> jax.Array:
             return constrain(jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), place), STORED)
@@ -185,7 +185,7 @@ def run_layers(
       x: input of the first layer.
       asked: outputs of layers that are wanted.
       data: pytree with a leading axis over layers.
-      cache: is read and extended; `mask` and `count` are the caller's.
+      cache: is read and extended; `mask` and `used` are the caller's.
       remat: see `tove_jax.models.vit.VisionTransformer`.
       output_wanted: whether the last layer's output is wanted.
       call: what each layer is called with.
@@ -201,7 +201,7 @@ def run_layers(
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
         params, number, own = layer
         x, stored = carry
-        memory = None if stored is None or cache is None else Memory(*stored, number, cache.count)
+        memory = None if stored is None or cache is None else Memory(stored[0], stored[1], number, cache.used)
         result: Any = block.apply({"params": params}, x, memory, *call(own))
         x, memory = result
         return (x, None if memory is None else memory[:2]), None

@@ -260,7 +260,7 @@ class Llama(nn.Module):
         rows = jnp.ones((batch, length), bool) if mask is None else mask
         keys, first = rows, jnp.zeros((), jnp.int32)
         if cache is not None:
-            first = cache.count
+            first = cache.used
             keys = jax.lax.dynamic_update_slice(cache.mask, rows.astype(bool), (jnp.zeros((), jnp.int32), first))
             rows = rows.astype(bool)
         if positions is None:
@@ -283,7 +283,7 @@ class Llama(nn.Module):
         )
         found.update(told)
         if cache is not None and cache_after is not None:
-            found["cache"] = cache_after._replace(mask=keys, count=first + length)
+            found["cache"] = cache_after._replace(mask=keys, used=first + length)
         logits = None
         if wanted or self.is_initializing():
             hidden = found["hidden"] = self.norm(x)
