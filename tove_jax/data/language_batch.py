@@ -1,0 +1,197 @@
+"""Batches of conversations: grouped by modality and length, padded to few static lengths.
+
+The batches of an epoch are a function of the rows' lengths, the seed and the epoch alone, so that every process
+plans the same ones without talking to the others, and takes its slice of the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tove_jax.data.conversation import IGNORED, IMAGE, IMAGE_ID, Encoded
+from tove_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """One global batch.
+
+    Attributes:
+      rows: int32 (B,), which conversations, -1 for rows that only fill the last batch.
+      length: the static length L it is padded to.
+    """
+
+    rows: np.ndarray
+    length: int
+
+
+def word_lengths(conversations: Sequence[Sequence[Mapping[str, Any]]], image_words: int = 128) -> np.ndarray:
+    """Returns LLaVA's estimate of each conversation's length, int32 (n,): words, and 128 more with a picture.
+
+    It costs no tokenizer, and serves for grouping; `plan_batches` needs lengths in tokens besides.
+    """
+    return np.array(
+        [
+            sum(len(turn["value"].split()) for turn in turns)
+            + image_words * any(IMAGE in turn["value"] for turn in turns)
+            for turns in conversations
+        ],
+        np.int32,
+    )
+
+
+def _grouped(rows: np.ndarray, lengths: np.ndarray, batch: int, window: int, rng: np.random.Generator) -> list[Any]:
+    """Returns batches of shuffled rows, sorted by length within windows of some batches, the last one shorter."""
+    rows = rng.permutation(rows)
+    sorted_windows = []
+    for first in range(0, len(rows), batch * window):
+        part = rows[first : first + batch * window]
+        sorted_windows.append(part[np.argsort(-lengths[part], kind="stable")])
+    ordered = np.concatenate(sorted_windows) if sorted_windows else rows
+    return [ordered[first : first + batch] for first in range(0, len(ordered), batch)]
+
+
+def plan_batches(
+    lengths: np.ndarray,
+    pictured: np.ndarray,
+    buckets: Sequence[int],
+    *,
+    batch: int,
+    seed: int,
+    epoch: int = 0,
+    group: np.ndarray | None = None,
+    by_modality: bool = True,
+    window: int = 1,
+    drop_remainder: bool = False,
+) -> list[PlannedBatch]:
+    """Plans an epoch as LLaVA does: batches of one modality, each sorted by length, in random order.
+
+    What is left of both modalities comes last, mixed. Every row comes once. The order is ours (NumPy's
+    generator), the grouping LLaVA's.
+
+    Args:
+      lengths: (n,), tokens of each row.
+      pictured: bool (n,), whether the row has a picture.
+      buckets: lengths a batch may be padded to; one compilation each.
+      batch: rows of a global batch.
+      seed, epoch: of the order.
+      group: (n,), what to sort by instead of `lengths`, such as `word_lengths`.
+      by_modality: keep pictured rows and text apart.
+      window: batches that are sorted together. 1 is LLaVA's, which balances devices; more gives less padding.
+      drop_remainder: leave an incomplete last batch out, else it is filled up with -1.
+
+    Raises:
+      InputError: no rows, a row longer than the longest bucket, sizes below one.
+    """
+    lengths, pictured = np.asarray(lengths), np.asarray(pictured, bool)
+    group = lengths if group is None else np.asarray(group)
+    widths = np.array(sorted(set(buckets)))
+    if not len(lengths) or not len(widths) or widths[0] < 1 or batch < 1 or window < 1:
+        raise InputError(
+            f"batches: expected rows, positive buckets, batch and window, found {len(lengths)} rows, buckets "
+            f"{list(buckets)}, batch {batch}, window {window}"
+        )
+    if not len(lengths) == len(pictured) == len(group):
+        raise InputError(f"batches: expected as many lengths as rows, found {len(group)} and {len(pictured)}")
+    if lengths.max() > widths[-1]:
+        row = int(lengths.argmax())
+        raise InputError(f"batches: row {row}: expected at most {widths[-1]} tokens (buckets), found {lengths[row]}")
+    rng = np.random.default_rng([seed, epoch])
+    apart = by_modality and pictured.any() and not pictured.all()
+    sides = [np.flatnonzero(pictured), np.flatnonzero(~pictured)] if apart else [np.arange(len(lengths))]
+    whole: list[np.ndarray] = []
+    left: list[np.ndarray] = []
+    for side in sides:
+        for rows in _grouped(side, group, batch, window, rng):
+            (whole if len(rows) == batch else left).append(rows)
+    order = [whole[index] for index in rng.permutation(len(whole))]
+    rest = np.concatenate(left) if left else np.zeros(0, np.int64)
+    rest = rest[np.argsort(-group[rest], kind="stable")]
+    order += [rest[first : first + batch] for first in range(0, len(rest), batch)]
+    plan = []
+    for rows in order:
+        if len(rows) < batch and drop_remainder:
+            continue
+        full = np.full(batch, -1, np.int32)
+        full[: len(rows)] = rows
+        plan.append(PlannedBatch(full, int(widths[np.searchsorted(widths, lengths[rows].max())])))
+    return plan
+
+
+def padding_share(plan: Sequence[PlannedBatch], lengths: np.ndarray) -> float:
+    """Returns the share of an epoch's positions that hold no token."""
+    places = sum(len(batch.rows) * batch.length for batch in plan)
+    tokens = sum(int(np.asarray(lengths)[batch.rows[batch.rows >= 0]].sum()) for batch in plan)
+    return 1.0 - tokens / places
+
+
+def collate(
+    rows: Sequence[Encoded | None], *, length: int, images: int, pad: int, records: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of a batch, padded on the right.
+
+    ``input_ids`` int32 (B, L): `IMAGE_ID` at every position of a picture, `pad` in the padding;
+    ``labels`` int32 (B, L): `IGNORED` where nothing is learned; ``attention_mask`` bool (B, L): False in the
+    padding; ``image_positions`` int32 (B, I): where each picture's first token stands, -1 for no picture;
+    ``image_counts`` int32 (B,); ``record`` int32 (B,): -1 for filling rows. Shapes depend on the arguments
+    alone. The k-th position with `IMAGE_ID` of a row takes the k-th of the row's picture tokens:
+    ``jnp.cumsum(input_ids == IMAGE_ID, -1) - 1`` says which.
+
+    Args:
+      rows: conversations; None for a row that only fills the batch.
+      length: L.
+      images: I, pictures of a row at most.
+      pad: id of the padding.
+      records: of the rows; their number in the batch if None.
+
+    Raises:
+      InputError: a row longer than L, or with more than I pictures.
+    """
+    count = len(rows)
+    arrays = {
+        "input_ids": np.full((count, length), pad, np.int32),
+        "labels": np.full((count, length), IGNORED, np.int32),
+        "attention_mask": np.zeros((count, length), bool),
+        "image_positions": np.full((count, images), -1, np.int32),
+        "image_counts": np.zeros(count, np.int32),
+        "record": np.full(count, -1, np.int32),
+    }
+    for number, row in enumerate(rows):
+        if row is None:
+            continue
+        record = number if records is None else int(records[number])
+        if len(row) > length or len(row.starts) > images:
+            raise InputError(
+                f"record {record}: expected at most {length} tokens and {images} pictures, found {len(row)} and "
+                f"{len(row.starts)}"
+            )
+        arrays["input_ids"][number, : len(row)] = row.ids
+        arrays["labels"][number, : len(row)] = row.labels
+        arrays["attention_mask"][number, : len(row)] = True
+        arrays["image_positions"][number, : len(row.starts)] = row.starts
+        arrays["image_counts"][number] = len(row.starts)
+        arrays["record"][number] = record
+    return arrays
+
+
+def batch_metrics(rows: Sequence[Encoded | None], length: int) -> dict[str, float]:
+    """Returns what a batch loses: shares of padding and of learned tokens; rows cut by the limit; rows not learned."""
+    real = [row for row in rows if row is not None]
+    places, tokens = len(rows) * length, sum(len(row) for row in real)
+    return {
+        "text/padding": 1.0 - tokens / places,
+        "text/learned": sum(int((row.labels != IGNORED).sum()) for row in real) / max(tokens, 1),
+        "text/truncated_rows": float(sum(row.truncated > 0 for row in real)),
+        "text/truncated_tokens": float(sum(row.truncated for row in real)),
+        "text/ignored_rows": float(sum(row.ignored for row in real)),
+    }
+
+
+def image_slots(input_ids: np.ndarray) -> np.ndarray:
+    """Returns int32 (B, L): which of its row's picture tokens a position takes, -1 for text."""
+    here = input_ids == IMAGE_ID
+    return np.where(here, np.cumsum(here, axis=-1) - 1, -1).astype(np.int32)
