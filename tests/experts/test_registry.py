@@ -140,7 +140,9 @@ def test_tables_hold_every_expert(capsys) -> None:
     lines = table.markdown().splitlines()
     assert len(lines) == 2 + len(registry.cards())
     assert {line.count(" | ") for line in lines[2:]} == {len(table.COLUMNS) - 1}
-    assert "| `hed` |" in lines[4] and "| MIT | 320 px, crop, bicubic | 20 x 20 | 512 | 14.7 M | JAX |" in lines[4]
+    assert (
+        "| `hed` |" in lines[4] and "| MIT | 320 px, crop, bicubic | 20 x 20 | 512 | 14.7 M | 62.8 | JAX |" in lines[4]
+    )
     odd = dataclasses.replace(registry.cards()["hed"], title="a | b")
     assert r"a \| b" in table.markdown({"hed": odd})
     for arguments, expected in (([], table.plain()), (["--markdown"], table.page())):

@@ -16,6 +16,7 @@ from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts import online, registry
 from tove_jax.experts.codecs import decode_features
+from tove_jax.experts.computed import ComputedStore, open_or_compute
 from tove_jax.experts.online import as_cut, load_online, online_experts
 from tove_jax.experts.run import extract_all, open_stores
 from tove_jax.parallel import make_mesh
@@ -139,6 +140,25 @@ def test_detached_experts_are_not_loaded(ready, monkeypatch):
     ] + ["efficientnet_lite0"]
     assert loaded == ["efficientnet_lite0:64"]
     assert not load_online(configure(), folder).experts and len(loaded) == 1
+
+
+def test_evaluation_computes_what_is_not_stored(ready, tmp_path):
+    folder, configure = ready
+    config = configure(ALL, "--config.features.codec=pool:1+bf16,clip=bf16")
+    elsewhere = dataclasses.replace(config, features=dataclasses.replace(config.features, path=str(tmp_path / "none")))
+    source, names = make_source(config.data), ("clip", "efficientnet_lite0")
+    found = open_or_compute(elsewhere, folder, source, names)
+    assert all(isinstance(store, ComputedStore) for store in found.values())
+    ids = list(source.ids[:3])
+    for name, store in open_stores(configure(), folder, only=names).items():
+        wanted, ours = store.features(ids), found[name].features(ids)
+        assert ids[0] in found[name] and ours.patches.shape == (3, *found[name].manifest.shapes["patches"])
+        patches = wanted.patches if name == "clip" else wanted.patches.mean((1, 2), keepdims=True)
+        np.testing.assert_allclose(ours.patches, patches, rtol=2**-7, atol=1e-2 * np.abs(patches).max())
+    with pytest.raises(InputError, match="no picture 'x' among the 24"):
+        found["clip"].read("x")
+    # A store that is there is read.
+    assert not isinstance(open_or_compute(configure(ALL), folder, source, names)["clip"], ComputedStore)
 
 
 def test_what_is_refused(ready, tmp_path):

@@ -15,7 +15,7 @@ from tove_jax.config.schema import Config, MergeConfig
 from tove_jax.data.picture import PictureSource
 from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, merge, predictors, runner
-from tove_jax.experts.run import open_stores
+from tove_jax.experts.computed import open_or_compute
 from tove_jax.files.atomic import atomic_write_json
 from tove_jax.train.checkpoint import load_student
 from tove_jax.train.initial import start_parameters
@@ -77,7 +77,8 @@ def prepare_ground(config: Config, workdir: Path | str) -> Ground:
     source, train, held_out = predictors.run_folder_source(config)
     views = predictors.views_of(config, source)
     start = start_parameters(config, workdir)
-    functions = predictors.reference_predictors(config, start, views, source, open_stores(config, workdir))
+    stores = open_or_compute(config, workdir, source)
+    functions = predictors.reference_predictors(config, start, views, source, stores)
     found = runner.score(functions, source.labels, train, held_out, config.eval)
     return Ground(source, train, held_out, views, found.scored, found.metrics)
 
@@ -115,14 +116,15 @@ def evaluate_run(
     if run is not None and config is not None and (attached := attached_experts(stored)):
         stored = detach(stored, [name for name in attached if name not in attached_experts(config)])
     config = with_stored_settings(stored, config)
-    stores = open_stores(config, workdir, only=methods.get(config.method.name).training_experts(config))
     if ground is None:
         source, train, held_out = predictors.run_folder_source(config)
         views = predictors.views_of(config, source)
-        functions = predictors.reference_predictors(config, start_parameters(config, workdir), views, source, stores)
     else:
         source, train, held_out, views = ground.source, ground.train, ground.held_out, ground.views
-        functions = {}
+    read = methods.get(config.method.name).training_experts(config)
+    stores, functions = open_or_compute(config, workdir, source, read), {}
+    if ground is None:
+        functions = predictors.reference_predictors(config, start_parameters(config, workdir), views, source, stores)
     patches = predictors.deployed(config, params, views, source, stores)
     functions["student"] = predictors.student_predictor(config, params["student"], views, patches)
     lost: dict[str, float] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tove_jax.experts.base import ExpertCard
+from tove_jax.experts.gflops import GFLOPS
 from tove_jax.experts.registry import cards
 
 COLUMNS = (
@@ -17,14 +18,18 @@ COLUMNS = (
     "tokens",
     "width",
     "parameters",
+    "GFLOPs",
     "runs in",
     "checked against",
 )
-SHORT = ("name", "expert", "licence", "input", "tokens", "width", "parameters", "runs in")
+SHORT = ("name", "expert", "licence", "input", "tokens", "width", "parameters", "GFLOPs", "runs in")
 _RUNS = {"jax": "JAX", "host": "host (ONNX runtime)"}
 _PAGE = """# Experts
 
-This page is what `tove experts --markdown` prints.
+This page is what `tove experts --markdown` prints. Weights are a hub id, or tell where the file comes from.
+GFLOPs are of one picture's forward pass at this input: matrix products and convolutions, two operations a
+multiplication with its sum, all layers counted (`python -m tove_jax.experts.flops`). An expert that was checked
+gives the numbers of what the last column names, and its published names and shapes are all accounted for.
 
 {table}
 An expert is named in `features.experts` by its name, or as `name:size` for another input size than the
@@ -55,6 +60,19 @@ probability of an edge, that of each block as an extra. DPT and DexiNed squash t
 published; Depth Anything sees the centre square; NLL-AngMF, published for 640 x 480, too. Their sizes are multiples
 of 32 (`depth`, `normals`), 16 (`edges`) or 14.
 
+**Any other expert** is named `[name=]kind:source[:size]`: `torch:facebook/dinov2-small`,
+`mine=torch:my_package.models:make`, `onnx:models/edges.onnx:448`, `python:my_package.maps:edges`. It runs on the host
+while features are extracted, and is stored and read like the others; [adding an expert](adding/expert.md) tells what
+it must give. Its card is read from its store afterwards, so a run trains where the model is not installed. Without a
+name of its own it gets the kind and the end of the source: `torch-dinov2-small`, `onnx-edges`.
+
+**In the step.** `features.online` names experts that run frozen inside the training step instead of being read from
+a store, `('all',)` all that run in JAX: each on its own view of the same, equally mirrored picture, in `train.dtype`
+(HED and EfficientNet-Lite0 in float32), sharded like the student, outside what is differentiated. They give what the
+store gives, to its rounding; a codec's pooling is done, its quantisation and principal axes are not. With
+`features.standardize` the statistics still come from a store, of some pictures at least. `tove eval` computes what
+is not stored. What each costs on a machine: `python -m tove_jax.bench.online`.
+
 **Cost**, milliseconds a picture on 2 CPU cores in float32, batches of 16:
 
 | size | 64 | 96 | 112 | 128 | 160 | 224 |
@@ -83,9 +101,17 @@ def row(card: ExpertCard) -> dict[str, str]:
         "tokens": f"{card.grid[0]} x {card.grid[1]}" + (" + summary" if card.summary_width else ""),
         "width": str(card.width),
         "parameters": f"{card.parameters / 1e6:.1f} M" if card.parameters else "as the weights",
+        "GFLOPs": _gflops(card.name),
         "runs in": _RUNS[card.backend],
         "checked against": card.checked_against,
     }
+
+
+def _gflops(name: str) -> str:
+    value = GFLOPS.get(name)
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def markdown(known: Mapping[str, ExpertCard] | None = None) -> str:
