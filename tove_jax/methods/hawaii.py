@@ -88,16 +88,9 @@ def forward(
 ) -> dict[str, jax.Array]:
     """Runs the routed pass and one forced pass a teacher, in one call.
 
-    A picture's passes lie side by side in the batch, so that on every mesh they are on its device.
-
-    Args:
-      student: with MoLA.
-      params: ``{"student", "method"}``.
-      pixels: (B, size, size, 3), normalised.
-      features: not read; experts reach the student through the objective alone.
-      config: a whole run's settings; ``features.experts`` are the teachers, in the order of the
-        teacher-specific experts.
-      key: of the adapters' dropout.
+    A picture's passes lie side by side in the batch, so that on every mesh they are on its device. The student
+    has MoLA, ``features.experts`` are the teachers in the order of its teacher-specific experts, and they reach
+    it through the objective alone (else see `Method.forward`).
 
     Returns:
       The intermediates named by `requested_intermediates`, of the routed pass, the routers' of the layers

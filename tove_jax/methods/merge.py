@@ -225,15 +225,9 @@ def forward(
     config: Config,
     key: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Runs the source and the merged tower once each.
+    """Runs the source, as deployed, and the merged tower, plain, once each (see `Method.forward`).
 
-    Args:
-      student: a plain CLIP tower.
-      params: ``{"student", "teacher"}``, as `initial` makes them.
-      pixels: (B, size, size, 3), normalised.
-      features: of the source's deployed experts, decoded.
-      config: a whole run's settings.
-      key: not read: the source is as deployed, without noise and dropout.
+    The parameters are as `initial` makes them; nothing is drawn.
 
     Returns:
       ``tokens`` t and ``target`` T' (B, N, d); with a text loss ``words``, the caption head's logits of t.

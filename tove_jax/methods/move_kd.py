@@ -67,18 +67,10 @@ def forward(
     config: Config,
     key: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Runs the student once.
-
-    Args:
-      student: with its adapters.
-      params: ``{"student", "method"}``.
-      pixels: (B, size, size, 3), normalised.
-      features: not read; experts reach the student through the objective alone.
-      config: a whole run's settings.
-      key: of the adapters' dropout.
+    """Runs the student once (see `Method.forward`); experts reach it through the objective alone.
 
     Returns:
-      The intermediates that `objective` reads.
+      The intermediates named by `requested_intermediates`.
     """
     del features
     wanted = requested_intermediates(config)

@@ -167,15 +167,9 @@ def forward(
     config: Config,
     key: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Runs CLIP once and enriches its tokens.
+    """Runs CLIP, a plain tower, once and enriches its tokens (see `Method.forward`).
 
-    Args:
-      student: a plain CLIP tower.
-      params: ``{"student", "method"}``.
-      pixels: (B, size, size, 3), normalised.
-      features: of the attached experts, decoded; others are not looked at.
-      config: a whole run's settings.
-      key: of the gate's noise and of expert dropping.
+    The key is of the gate's noise and of expert dropping.
 
     Returns:
       ``tokens`` T', ``gate`` g, and with noise ``load`` (see `Enriched`).
