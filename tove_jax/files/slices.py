@@ -63,7 +63,7 @@ class Stored:
           ValueError: a slice with a step.
         """
         wanted = [slice(*s.indices(n)) for s, n in zip(index, self.shape, strict=False)]
-        wanted += [slice(0, n) for n in self.shape[len(wanted) :]]
+        wanted += [slice(0, n, 1) for n in self.shape[len(wanted) :]]
         if any(part.step != 1 for part in wanted):
             raise ValueError(f"{self.path}: slices need a step of 1, found {index}")
         shape = tuple(max(part.stop - part.start, 0) for part in wanted)
