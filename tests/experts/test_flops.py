@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tove_jax.experts.gflops import GFLOPS
 
 from tove_jax.experts import flops, registry
+from tove_jax.experts.gflops import GFLOPS
 from tove_jax.experts.published import Published
 from tove_jax.parallel import logical_specs
 
