@@ -102,7 +102,7 @@ def test_decoded_features_inside_jit(folder):
 
     reader = FeatureStore.open(folder)
     ids = reader.ids[4:9]
-    found = jax.jit(lambda payload: codecs.decode_features(reader.manifest, payload))(reader.read_batch(ids))
+    found = jax.jit(lambda payload: store.decode_features(reader.manifest, payload))(reader.read_batch(ids))
     assert found.cls_attention is None
     for row, index in enumerate(range(4, 9)):
         wanted, codec = _features(index), codecs.parse(reader.manifest.codec)

@@ -15,10 +15,10 @@ from tove_jax.data.split import split
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts import online, registry
-from tove_jax.experts.codecs import decode_features
 from tove_jax.experts.computed import ComputedStore, open_or_compute
 from tove_jax.experts.online import as_cut, load_online, online_experts
 from tove_jax.experts.run import extract_all, open_stores
+from tove_jax.experts.store import decode_features
 from tove_jax.parallel import make_mesh
 from tove_jax.train.checkpoint import load_student
 from tove_jax.train.loop import train

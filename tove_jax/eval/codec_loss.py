@@ -23,7 +23,7 @@ from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.run import expert_cards, open_stores, standardized
 from tove_jax.experts.spectrum import Basis
 from tove_jax.experts.statistics import codec_basis, reconstruction_error, spread
-from tove_jax.experts.store import FeatureStore
+from tove_jax.experts.store import FeatureStore, decode_features
 from tove_jax.train.checkpoint import load_student
 from tove_jax.train.initial import initial_parameters
 from tove_jax.train.objective import make_student
@@ -261,7 +261,7 @@ def _decoder(
     resizes = getattr(config.method, "target", None) == "interpolate"
 
     def decoded(name: str, payload: Any) -> ExpertFeatures:
-        features = standardized(config, name, manifests[name], codecs.decode_features(manifests[name], payload))
+        features = standardized(config, name, manifests[name], decode_features(manifests[name], payload))
         if resizes and name != getattr(config.method, "clip_expert", None):
             return features
         full = stores[name].manifest.shapes["patches"][:2]

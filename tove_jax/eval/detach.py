@@ -22,9 +22,8 @@ from tove_jax.eval import predictors, runner
 from tove_jax.eval.run import with_stored_settings
 from tove_jax.experts import registry
 from tove_jax.experts.base import Expert, ExpertFeatures
-from tove_jax.experts.codecs import decode_features
 from tove_jax.experts.run import chosen_experts, load_options, open_stores, standardized
-from tove_jax.experts.store import FeatureStore
+from tove_jax.experts.store import FeatureStore, decode_features
 from tove_jax.files.atomic import atomic_write_bytes, atomic_write_json
 from tove_jax.methods import tove
 from tove_jax.models import vit

@@ -18,9 +18,8 @@ from tove_jax.data.picture import PictureSource
 from tove_jax.data.view import View
 from tove_jax.eval.feature_error import TokenError
 from tove_jax.eval.runner import Predictor
-from tove_jax.experts.codecs import decode_features
 from tove_jax.experts.run import standardized
-from tove_jax.experts.store import FeatureStore
+from tove_jax.experts.store import FeatureStore, decode_features
 from tove_jax.models import vit
 
 _PIXELS_SIDE = 64

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,9 +26,6 @@ from tove_jax.errors import InputError, nearest
 from tove_jax.experts import pooling, quantize
 from tove_jax.experts.base import ExpertFeatures
 from tove_jax.experts.spectrum import Basis
-
-if TYPE_CHECKING:
-    from tove_jax.experts.manifest import Manifest
 
 _DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -278,26 +275,6 @@ def encode_features(
                 encode(codec_here, value[row], name, f"record {id!r}, expert {expert!r}, {name}", basis=basis)
             raise
     return [{name: value[row] for name, value in coded.items()} for row in range(rows)]
-
-
-def decode_features(manifest: Manifest, payload: Mapping[str, Any], dtype: Any = np.float32) -> ExpertFeatures:
-    """Decodes a batch of payloads, inside jit or outside.
-
-    Args:
-      manifest: of the store the payload comes from.
-      payload: payload array -> (B, ...), as a loader stacks them.
-      dtype: of the patches; the other fields stay float32.
-
-    Returns:
-      ExpertFeatures with leading axis B; fields that the store lacks are None.
-    """
-    fields = {}
-    for name, shape in manifest.shapes.items():
-        if name in CODED:
-            fields[name] = decode(manifest.codec, payload, name, dtype, width=shape[-1], basis=manifest.basis)
-        else:
-            fields[name] = payload[name]
-    return ExpertFeatures(**fields)
 
 
 def _number(text: str, part: str, digits: str) -> int:

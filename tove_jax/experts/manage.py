@@ -20,7 +20,6 @@ from tove_jax.config.schema import Config
 from tove_jax.data import make_source
 from tove_jax.data.split import split
 from tove_jax.errors import InputError
-from tove_jax.experts import codecs
 from tove_jax.experts.extract import completed
 from tove_jax.experts.manifest import (
     BASIS_FILE,
@@ -34,7 +33,7 @@ from tove_jax.experts.manifest import (
 )
 from tove_jax.experts.run import FLIP_SUFFIX, chosen_experts, store_path
 from tove_jax.experts.shards import ShardWriter, claim, index_path, is_done, read_index
-from tove_jax.experts.store import FeatureStore, find_stores
+from tove_jax.experts.store import FeatureStore, decode_features, find_stores
 from tove_jax.files.atomic import atomic_folder, atomic_write_bytes, atomic_write_json
 
 _CHUNK = 16
@@ -210,7 +209,7 @@ def _copy(store: FeatureStore, ids: Sequence[str], folder: Path, manifest: Manif
 
 def _patches(manifest: Manifest, payloads: Sequence[Mapping[str, Any]]) -> np.ndarray:
     batch = {name: np.stack([payload[name] for payload in payloads]) for name in manifest.arrays}
-    return np.asarray(codecs.decode_features(manifest, batch).patches)
+    return np.asarray(decode_features(manifest, batch).patches)
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

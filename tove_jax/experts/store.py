@@ -128,7 +128,7 @@ class FeatureStore:
 
     def features(self, ids: Iterable[str]) -> ExpertFeatures:
         """Reads and decodes records on the host: NumPy ExpertFeatures, float32."""
-        return codecs.decode_features(self.manifest, self.read_batch(ids))
+        return decode_features(self.manifest, self.read_batch(ids))
 
     def _where(self, id: str, number: int) -> str:
         return f"{self.path / self.manifest.shards[number].file}: record {id!r}"
@@ -256,3 +256,23 @@ def summary(path: Path | str) -> str:
         f"{manifest.view['size']} px{' mirrored' if manifest.view['flip'] else ''}, view {manifest.view_key}, "
         f"weights {manifest.weights_hash[:16]}"
     )
+
+
+def decode_features(manifest: Manifest, payload: Mapping[str, Any], dtype: Any = np.float32) -> ExpertFeatures:
+    """Decodes a batch of payloads, inside jit or outside.
+
+    Args:
+      manifest: of the store the payload comes from.
+      payload: payload array -> (B, ...), as a loader stacks them.
+      dtype: of the patches; the other fields stay float32.
+
+    Returns:
+      ExpertFeatures with leading axis B; fields that the store lacks are None.
+    """
+    fields = {}
+    for name, shape in manifest.shapes.items():
+        if name in codecs.CODED:
+            fields[name] = codecs.decode(manifest.codec, payload, name, dtype, width=shape[-1], basis=manifest.basis)
+        else:
+            fields[name] = payload[name]
+    return ExpertFeatures(**fields)

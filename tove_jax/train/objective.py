@@ -14,9 +14,9 @@ from tove_jax.adapters import mola, mole
 from tove_jax.config.schema import Config
 from tove_jax.data.view import View
 from tove_jax.experts.base import ExpertFeatures
-from tove_jax.experts.codecs import decode_features
 from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.run import standardized
+from tove_jax.experts.store import decode_features
 from tove_jax.models import vit
 from tove_jax.train.step import Batch, Loss
 
