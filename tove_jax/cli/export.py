@@ -140,7 +140,9 @@ def _experts(config: Config, workdir: Path, provenance: Mapping[str, Any]) -> li
         cards = {}
     known, experts = registry.cards(), []
     for name, spec in chosen_experts(config).items():
-        card = dict(vars(cards.get(name) or known[name]))
+        found = cards.get(name) or known.get(name)
+        # Of a foreign expert whose model and features are elsewhere, only its spec is known here.
+        card = dict(vars(found)) if found else {"weights": spec}
         if name == "clip":
             # Not the path of the machine that trained.
             start = Path(config.student.initialize)
