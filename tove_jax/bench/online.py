@@ -110,7 +110,7 @@ class _Run:
             views=self.online.views,
             captions=None if words is None else words.encode(source.captions),
             threads=config.data.threads,
-            prefetch=1,
+            prefetch=config.data.threads,  # fewer would leave threads idle
             cache_pixels=False,
         )
         self.mesh = make_mesh(config.mesh)
