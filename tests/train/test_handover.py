@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_refused_by_name(prepared, first, tmp_path):
     ):
         begin(more, tmp_path / "run")
     refused(
-        r"4 missing: student/layers/mlp/adapter/ffn/a_bias .*; 8 unknown: student/layers/mlp/adapter/down/a_bias",
+        r"4 missing: student/layers/mlp/adapter/ffn/a_bias .*; 8 not known: student/layers/mlp/adapter/down/a_bias",
         "--config.student.adapter.site=ffn",
     )
     other = tmp_path / "other"

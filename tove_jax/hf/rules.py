@@ -190,12 +190,7 @@ def check(
                 raise ValueError(f"{name}: its rules disagree on the shape, {expected[name]} and {single}")
             held.setdefault(name, []).append(rule.part)
     _check_parts(held)
-    skip = [re.compile(pattern) for pattern in ignore]
-    known = {name for name in arrays if name in expected}
-    extra = [n for n in arrays if n not in known and not any(pattern.fullmatch(n) for pattern in skip)]
-    missing = [name for name in expected if name not in arrays]
-    wrong = [name for name in expected if name in known and arrays[name].shape != expected[name]]
-    _complain(source, arrays, expected, missing, extra, wrong)
+    match_shapes(arrays, expected, f"{source}: weights do not fit the model", ignore=ignore)
     return by_path
 
 
@@ -265,14 +260,25 @@ def _check_parts(held: Mapping[str, Iterable[tuple[int, int] | None]]) -> None:
             raise ValueError(f"{name}: its rules give the parts {parts}, expected {wanted}")
 
 
-def _complain(
-    source: str,
-    arrays: Mapping[str, Any],
-    expected: Mapping[str, tuple[int, ...]],
-    missing: list[str],
-    extra: list[str],
-    wrong: list[str],
+def match_shapes(
+    arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], complaint: str, *, ignore: Iterable[str] = ()
 ) -> None:
+    """Refuses arrays that are not exactly the expected ones.
+
+    Args:
+      arrays: name to anything with a ``shape``.
+      expected: name to shape.
+      complaint: what the error begins with.
+      ignore: regular expressions of names that may be there too.
+
+    Raises:
+      InputError: names that are missing, not known, or of another shape; all of them are listed, up to a limit.
+    """
+    skip = [re.compile(pattern) for pattern in ignore]
+    extra = [n for n in arrays if n not in expected and not any(pattern.fullmatch(n) for pattern in skip)]
+    missing = [name for name in expected if name not in arrays]
+    wrong = [name for name in expected if name in arrays and arrays[name].shape != expected[name]]
+
     def listed(names: list[str], describe: Any) -> str:
         more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         return ", ".join(describe(name) for name in sorted(names)[:_LISTED]) + more
@@ -288,4 +294,4 @@ def _complain(
         text = listed(wrong, lambda n: f"{n} found {arrays[n].shape}, expected {expected[n]}")
         problems.append(f"{len(wrong)} of another shape: {text}")
     if problems:
-        raise InputError(f"{source}: weights do not fit the model; " + "; ".join(problems))
+        raise InputError(f"{complaint}; " + "; ".join(problems))

@@ -284,15 +284,10 @@ def objective(
     batch: dict[str, Any],
     config: Config,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the loss of a batch, float32 at the least.
+    """Computes the loss of a batch (see `Method.objective`); neither parameters nor features are read.
 
-    Args:
-      params: not read.
-      outputs: what `forward` returned.
-      features: not read.
-      batch: ``mask`` bool (B,), False for padded rows; with a text loss ``captions`` int32 (B, L) and
-        ``caption_mask`` bool (B, L), of the rows that have a caption.
-      config: a whole run's settings.
+    With a text loss the batch has ``captions`` int32 (B, L) and ``caption_mask`` bool (B, L), of the rows that
+    have a caption.
 
     Returns:
       The scalar loss, and scalars: ``loss/{total,merge,text}``, and ``merge/error``, the squared error over the

@@ -268,15 +268,10 @@ def objective(
     batch: dict[str, Any],
     config: Config,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the loss of a batch, float32 at the least.
+    """Computes the loss of a batch (see `Method.objective`); features are not read again.
 
-    Args:
-      params: what `init_extra` returned.
-      outputs: what `forward` returned.
-      features: not read.
-      batch: ``mask`` bool (B,), False for padded rows; with a text loss ``captions`` int32 (B, L) and
-        ``caption_mask`` bool (B, L), the words of each caption. Rows without one are left out of it.
-      config: a whole run's settings.
+    With a text loss the batch has ``captions`` int32 (B, L) and ``caption_mask`` bool (B, L), the words of each
+    caption. Rows without one are left out of it.
 
     Returns:
       The scalar loss, and scalars: ``loss/{total,text,aux}``, ``gate/{expert}`` (mean weight),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from tove_jax.config.schema import Config, StudentConfig
 from tove_jax.data.vocabulary import Vocabulary
-from tove_jax.errors import InputError, nearest
+from tove_jax.errors import InputError
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.load import import_encoder_adapters, import_student, with_image_size
+from tove_jax.hf.rules import match_shapes
 from tove_jax.train.checkpoint import load_settings, load_student, require_finished
 from tove_jax.train.state import Flat, flatten, unflatten
 
@@ -22,7 +23,6 @@ _FIELD = "config.train.start_from"
 # What shapes do not tell of a student, and must be as it was trained.
 _STUDENT_FIELDS = ("patch_size", "heads", "activation", "norm_epsilon")
 _ADAPTER_FIELDS = ("kind", "alpha", "routing")
-_LISTED = 8
 
 
 class Handover(NamedTuple):
@@ -97,7 +97,9 @@ def read_handover(config: Config, fresh: Mapping[str, Any], start_hash: str) -> 
     left = sorted(path for path in found if path.startswith("method/") and path not in wanted)
     if left:
         notes.append(f"left behind, since this run has no use for them: {', '.join(left)}")
-    _check_leaves(folder, {path: leaf for path, leaf in found.items() if path not in left}, wanted)
+    kept = {path: leaf for path, leaf in found.items() if path not in left}
+    needed = {path: np.shape(leaf) for path, leaf in wanted.items()}
+    match_shapes(kept, needed, f"{_FIELD}: the parameters of {folder} do not fit this run")
     leaves = {path: _unrounded(np.asarray(found[path]), np.asarray(wanted[path])) for path in wanted}
     return Handover(unflatten(leaves), origins, notes)
 
@@ -157,27 +159,6 @@ def _check_start(folder: str, source: _Source, start_hash: str) -> None:
             f"config.student.initialize: is not the start of {folder}"
             f"{f' ({named})' if named else ''}: {expected} expected, found {start_hash}"
         )
-
-
-def _check_leaves(folder: str, found: Flat, wanted: Flat) -> None:
-    def listed(paths: list[str], describe: Callable[[str], str]) -> str:
-        more = f", and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
-        return ", ".join(describe(path) for path in sorted(paths)[:_LISTED]) + more
-
-    missing = [path for path in wanted if path not in found]
-    unknown = [path for path in found if path not in wanted]
-    wrong = [path for path in wanted if path in found and np.shape(found[path]) != np.shape(wanted[path])]
-    problems = []
-    if missing:
-        text = listed(missing, lambda path: f"{path} {np.shape(wanted[path])}{nearest(path, unknown)}")
-        problems.append(f"{len(missing)} missing: {text}")
-    if unknown:
-        problems.append(f"{len(unknown)} unknown: {listed(unknown, lambda path: f'{path} {np.shape(found[path])}')}")
-    if wrong:
-        text = listed(wrong, lambda path: f"{path} found {np.shape(found[path])}, expected {np.shape(wanted[path])}")
-        problems.append(f"{len(wrong)} of another shape: {text}")
-    if problems:
-        raise InputError(f"{_FIELD}: the parameters of {folder} do not fit this run; " + "; ".join(problems))
 
 
 def _unrounded(found: np.ndarray, fresh: np.ndarray) -> np.ndarray:
