@@ -230,6 +230,48 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Conversations about the pictures, as rows of tokens."""
+
+    tokenizer: str = option("", "Folder or hub id of the tokenizer; empty: that of `language.initialize`.")
+    template: str = option("v1", "How turns are joined, see `tove_jax.data.conversation.TEMPLATES`. [code]")
+    limit: int = option(2048, "Tokens a conversation keeps, those of its pictures among them. [code]")
+    buckets: tuple[int, ...] = option(
+        (), "Lengths that batches are padded to, one compilation each; empty: 3/8, 1/2 and 3/4 of the limit, and it."
+    )
+    window: int = option(1, "Batches that are sorted by length together; 1 is LLaVA's, more gives less padding. [code]")
+    by_modality: bool = option(True, "Keep conversations with and without pictures in batches of their own. [code]")
+    pack: bool = option(False, "Put several conversations into one row of `limit` tokens; none sees another. Ours.")
+    pictures: int = option(1, "Pictures of a row at most.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """The language model that reads the student's tokens; its text loss is added to the method's."""
+
+    kind: Literal["none", "llava", "tove"] = option(
+        "none",
+        "`none`: the method's terms alone; `llava`: a projector and a decoder of the Llama family; `tove`: RoBERTa made "
+        "causal, with cross-attention and bottleneck adaptors.",
+    )
+    initialize: str = option("", "Folder or hub id of the language model; empty: random, of the shape below.")
+    projector: Literal["mlp2x_gelu", "linear"] = option("mlp2x_gelu", "From student to language model. [code]")
+    width: int = option(4096, "Token width; this and the next four must match `initialize`.")
+    layers: int = option(32, "Layers.")
+    heads: int = option(32, "Attention heads.")
+    kv_heads: int = option(32, "Key and value heads of `llava`.")
+    mlp_width: int = option(11008, "Hidden width of the MLP.")
+    adaptor_width: int = option(384, "Hidden width of `tove`'s bottleneck adaptors. Ours.")
+    text_weight: float = option(1.0, "Weight of the text loss.")
+    label_smoothing: float = option(0.0, "Share of each target spread over the vocabulary; ToVE's recipe has 0.1.")
+    lora_rank: int = option(0, "Rank of low-rank updates beside `llava`'s linears, which then stay frozen; 0: none.")
+    lora_alpha: float = option(16.0, "Their scale is alpha / rank.")
+    loss_chunk: int = option(0, "Positions whose logits are held at once, over a row; 0: all of them.")
+    attention: Literal["auto", "xla", "cudnn"] = option("auto", "Attention implementation.")
+    remat: Literal["none", "dots", "full"] = option("none", "What the backward pass computes again, a layer at a time.")
+
+
+@dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
     """The experts and their feature store."""
 
@@ -291,7 +333,14 @@ class OptimConfig:
     eps: float = option(1e-8, "AdamW.")
     clip_norm: float = option(1.0, "Clip the norm of the trainable gradient; 0: never.")
     groups: tuple[tuple[str, Any], ...] = option(
-        ((".*/adapter/.*", 1.0), ("method/.*", 1.0), ("student/.*", None)),
+        (
+            (".*/adapter/.*", 1.0),
+            ("method/.*", 1.0),
+            ("student/.*", None),
+            ("language/(projector|lora)/.*", 1.0),
+            ("language/model/(.*/)?(cross|cross_norm|adaptor|adaptor_norm|head)/.*", 1.0),
+            ("language/.*", None),
+        ),
         "First-match (regex, learning-rate factor or None for frozen); must cover every parameter.",
     )
 
@@ -348,6 +397,8 @@ class Config:
         MoveKDConfig, "The method, chosen by its `name`."
     )
     data: DataConfig = section(DataConfig, "Pictures.")
+    text: TextConfig = section(TextConfig, "Conversations.")
+    language: LanguageConfig = section(LanguageConfig, "Language model.")
     features: FeaturesConfig = section(FeaturesConfig, "Experts and their features.")
     optim: OptimConfig = section(OptimConfig, "Optimiser.")
     train: TrainConfig = section(TrainConfig, "Loop.")
