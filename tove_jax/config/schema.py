@@ -256,6 +256,7 @@ class LanguageConfig:
     )
     initialize: str = option("", "Folder or hub id of the language model; empty: random, of the shape below.")
     projector: Literal["mlp2x_gelu", "linear"] = option("mlp2x_gelu", "From student to language model. [code]")
+    vocabulary: int = option(0, "Tokens the model tells apart; 0: those of the tokenizer.")
     width: int = option(4096, "Token width; this and the next four must match `initialize`.")
     layers: int = option(32, "Layers.")
     heads: int = option(32, "Attention heads.")

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 
 from tove_jax.data.picture import PictureSource
+from tove_jax.data.texts import Texts
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 
@@ -108,15 +109,73 @@ class _Pixels:
         return {**self.__dict__, "kept": np.zeros_like(self.kept), "done": empty} if self.keep else self.__dict__
 
 
+Slot = tuple[int, int] | None
+"""An epoch and a picture's place among the loader's; None for nothing."""
+
+
+class _ByPicture:
+    """Which pictures the local rows of a batch hold: one each, in a shuffled order."""
+
+    width = 1
+
+    def __init__(self, order: grain.MapDataset, total: int, batch: int, rows: range):
+        self.order, self.total, self.batch, self.rows = order, total, batch, rows
+
+    def __call__(self, step: int) -> tuple[list[Slot], dict[str, np.ndarray] | None]:
+        places = (place + step * self.batch for place in self.rows)
+        return [self.order[place] if place < self.total else None for place in places], None
+
+
+class _ByText:
+    """Which pictures the local rows of a batch hold: those of its conversations; and the conversations.
+
+    A text without a picture has the blank one, so that what is computed of every row has something to read.
+    """
+
+    def __init__(self, texts: Texts, rows: range, indices: np.ndarray, pictured: np.ndarray | None):
+        self.texts, self.rows, self.width = texts, rows, texts.settings.pictures
+        self.position = {int(index): position for position, index in enumerate(indices)}
+        self.blank = None
+        if pictured is not None and not pictured[indices].all():
+            self.blank = int(np.flatnonzero(~pictured[indices])[0])
+        for number in texts.numbers:
+            dialogue = texts.dialogues[int(number)]
+            where = f"conversation {dialogue.id!r}"
+            if len(dialogue.pictures) > self.width:
+                raise InputError(
+                    f"{where}: expected at most {self.width} pictures (config.text.pictures), found "
+                    f"{len(dialogue.pictures)}"
+                )
+            if not set(dialogue.pictures) <= self.position.keys():
+                raise InputError(f"{where}: one of its pictures is not among those that are read")
+            if not dialogue.pictures and self.blank is None:
+                raise InputError(f"{where}: has no picture, and the source has no blank one to read in its place")
+
+    def __call__(self, step: int) -> tuple[list[Slot], dict[str, np.ndarray] | None]:
+        epoch, planned = self.texts.planned(step)
+        slots: list[Slot] = []
+        rows: list[list[int]] = []
+        for row in self.rows:
+            place = int(planned.rows[row])
+            if place < 0:
+                rows.append([])
+                slots += [None] * self.width
+                continue
+            number = int(self.texts.numbers[place])
+            found: list[Slot] = [(epoch, self.position[index]) for index in self.texts.dialogues[number].pictures]
+            if not found and self.blank is not None:
+                found = [(epoch, self.blank)]
+            rows.append([number])
+            slots += found + [None] * (self.width - len(found))
+        return slots, self.texts.arrays(rows, planned.length)
+
+
 class _Assemble:
     """Makes the local slice of one global batch from its step number."""
 
     def __init__(
         self,
-        order: grain.MapDataset,
-        total: int,
-        batch: int,
-        rows: range,
+        plan: _ByPicture | _ByText,
         indices: np.ndarray,
         ids: list[str],
         source: PictureSource,
@@ -126,7 +185,7 @@ class _Assemble:
         pictured: np.ndarray | None,
         seed: int,
     ):
-        self.order, self.total, self.batch, self.rows = order, total, batch, rows
+        self.plan = plan
         self.indices, self.ids, self.features, self.seed = indices, ids, features, seed
         self.source, self.cuts = source, cuts
         self.captions, self.pictured = captions, pictured
@@ -136,23 +195,23 @@ class _Assemble:
         return 0 if len(self.features) == 1 else _mix(self.seed, epoch, int(self.indices[position]), 1) & 1
 
     def __call__(self, step: int) -> Batch:
-        rows = len(self.rows)
+        slots, text = self.plan(step)
+        count = len(slots)
         sizes = {name: cut.views[0].size for name, cut in self.cuts.items()}
-        pixels = {name: np.empty((rows, size, size, 3), np.uint8) for name, size in sizes.items()}
-        mask = np.zeros(rows, bool)
-        record = np.full(rows, -1, np.int32)
+        pixels = {name: np.empty((count, size, size, 3), np.uint8) for name, size in sizes.items()}
+        mask = np.zeros(count, bool)
+        record = np.full(count, -1, np.int32)
         arrays = {
-            expert: {key: np.empty((rows, *shape), dtype) for key, (shape, dtype) in one.spec.items()}
+            expert: {key: np.empty((count, *shape), dtype) for key, (shape, dtype) in one.spec.items()}
             for expert, one in self.features[0].items()
         }
-        for row, place in enumerate(self.rows):
-            place += step * self.batch
-            if place >= self.total:
+        for row, slot in enumerate(slots):
+            if slot is None:
                 for payload in (pixels, *arrays.values()):
                     for array in payload.values():
                         array[row] = 0
                 continue
-            epoch, position = self.order[place]
+            epoch, position = slot
             side = self.side(epoch, position)
             picture = _Opened(self.source, int(self.indices[position]))
             for name, cut in self.cuts.items():
@@ -169,7 +228,16 @@ class _Assemble:
         if self.captions is not None:
             words = np.where(mask[:, None], self.captions[record], -1)
             result |= {"captions": np.maximum(words, 0), "caption_mask": words >= 0}
-        return result
+        if self.plan.width > 1:
+            result = _by_row(result, self.plan.width)
+        return result if text is None else result | {"text": text}
+
+
+def _by_row(tree: Any, width: int) -> Any:
+    """Splits the leading axis of every array into rows of `width` pictures."""
+    if isinstance(tree, dict):
+        return {name: _by_row(value, width) for name, value in tree.items()}
+    return tree.reshape(-1, width, *tree.shape[1:])
 
 
 class _Numbered:
@@ -225,6 +293,7 @@ def make_loader(
     flip_readers: Mapping[str, FeatureReader] | None = None,
     views: Mapping[str, View] | None = None,
     captions: np.ndarray | None = None,
+    texts: Texts | None = None,
     shuffle: bool = True,
     epochs: int | None = None,
     drop_remainder: bool = False,
@@ -263,6 +332,8 @@ def make_loader(
         once for all of them.
       captions: int32 (len(source), L), the tokens of each record's caption, -1 where there are no more;
         None: none are given.
+      texts: conversations; rows are then theirs, in their order, and not pictures. Their batch, seed and epochs
+        must be those given here.
       shuffle: else in the order of `indices`.
       epochs: times over the pictures; None: without end.
       drop_remainder: leave an incomplete last batch out instead of filling it up.
@@ -327,31 +398,28 @@ def make_loader(
         order = order.shuffle(seed=_mix(seed))
     order = order.repeat(epochs)
     total = sys.maxsize if epochs is None else count * epochs
-    if epochs is None:
+    if texts is not None:
+        steps = None if epochs is None else texts.epoch_steps * epochs
+    elif epochs is None:
         steps = None
     else:
         steps = total // batch if drop_remainder else -(-total // batch)
         if steps == 0:
             raise InputError(f"loader: expected {batch} pictures or more for a whole batch, found {total}")
-    assemble = _Assemble(
-        order,
-        total,
-        batch,
-        range(process_index * local, (process_index + 1) * local),
-        indices.astype(np.int32),
-        ids,
-        source,
-        cuts,
-        tuple(features),
-        captions,
-        None if (pictured := getattr(source, "pictured", None)) is None else np.asarray(pictured, bool),
-        seed,
-    )
+    rows = range(process_index * local, (process_index + 1) * local)
+    pictured = None if (told := getattr(source, "pictured", None)) is None else np.asarray(told, bool)
+    plan: _ByPicture | _ByText
+    if texts is None:
+        plan = _ByPicture(order, total, batch, rows)
+    else:
+        plan = _ByText(texts, rows, indices, pictured)
+    assemble = _Assemble(plan, indices.astype(np.int32), ids, source, cuts, tuple(features), captions, pictured, seed)
     record_bytes = picture_bytes + sum(
         int(np.prod(shape)) * np.dtype(dtype).itemsize
         for one in features[0].values()
         for shape, dtype in one.spec.values()
     )
+    record_bytes *= plan.width
     ready = min(prefetch, max(2, PREFETCH_LIMIT // (local * record_bytes)))
     dataset = grain.MapDataset.range(sys.maxsize // batch if steps is None else steps).map(assemble)
     return Loader(

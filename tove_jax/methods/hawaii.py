@@ -44,7 +44,15 @@ from tove_jax.adapters.mlp_head import MlpHead, unshuffle, unshuffle_factor
 from tove_jax.config.schema import Config, HawaiiConfig
 from tove_jax.errors import InputError
 from tove_jax.experts.base import ExpertCard, ExpertFeatures
-from tove_jax.methods.move_kd import deployed_experts, masked_mean, masked_variance, precise, tokens, vocabulary
+from tove_jax.methods.move_kd import (
+    deployed_experts,
+    masked_mean,
+    masked_variance,
+    precise,
+    tokens,
+    visible_tokens,
+    vocabulary,
+)
 from tove_jax.models.vit import VisionTransformer, encode
 from tove_jax.parallel import constrain
 
@@ -58,6 +66,7 @@ __all__ = [
     "target",
     "tokens",
     "training_experts",
+    "visible_tokens",
     "vocabulary",
 ]
 

@@ -69,6 +69,12 @@ def source_experts(config: Config) -> tuple[str, ...]:
     return SOURCES[source.method.name].deployed_experts(source)
 
 
+def visible_tokens(outputs: dict[str, jax.Array], config: Config) -> jax.Array:
+    """Returns t (B, N, d)."""
+    del config
+    return outputs["tokens"]
+
+
 def training_experts(config: Config) -> tuple[str, ...]:
     """Returns the experts whose features training reads: those of the deployed source."""
     return source_experts(config)

@@ -90,6 +90,11 @@ def tokens(
     return encode(student, params["student"], pixels, (name,))[name][:, 1:]
 
 
+def visible_tokens(outputs: dict[str, jax.Array], config: Config) -> jax.Array:
+    """Returns the student's patch tokens (B, N, D); of HAWAII the routed pass's."""
+    return outputs[config.student.feature][:, 1:]
+
+
 def training_experts(config: Config) -> tuple[str, ...]:
     """Returns the experts whose features training reads: all of them."""
     return teachers(config)

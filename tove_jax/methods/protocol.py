@@ -105,6 +105,15 @@ class Method(Protocol):
         """
         ...
 
+    def visible_tokens(self, outputs: dict[str, jax.Array], config: Config) -> jax.Array:
+        """Returns the patch tokens (B, N, D) that a language model reads while training.
+
+        Args:
+          outputs: what `forward` returned.
+          config: the settings.
+        """
+        ...
+
     def training_experts(self, config: Config) -> tuple[str, ...]:
         """Returns the names of the experts whose features training reads."""
         ...

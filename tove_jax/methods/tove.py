@@ -59,6 +59,12 @@ class Enriched(NamedTuple):
     load: jax.Array | None = None
 
 
+def visible_tokens(outputs: dict[str, jax.Array], config: Config) -> jax.Array:
+    """Returns T' (B, N, d)."""
+    del config
+    return outputs["tokens"]
+
+
 def deployed_experts(config: Config) -> tuple[str, ...]:
     """Returns the attached experts, in the order of ``features.experts``: the encoder needs them all.
 

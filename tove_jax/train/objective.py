@@ -12,11 +12,15 @@ import numpy as np
 from tove_jax import methods
 from tove_jax.adapters import mola, mole
 from tove_jax.config.schema import Config
+from tove_jax.data.conversation import IGNORED
 from tove_jax.data.view import View
 from tove_jax.experts.base import ExpertFeatures
 from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.run import standardized
 from tove_jax.experts.store import decode_features
+from tove_jax.language.loss import next_tokens
+from tove_jax.language.model import LanguageModel, text_loss
+from tove_jax.language.model import logical_axes as language_axes
 from tove_jax.models import vit
 from tove_jax.train.step import Batch, Loss
 
@@ -28,13 +32,17 @@ def make_student(config: Config) -> vit.VisionTransformer:
     return vit.from_config(config.student, dtype=DTYPES[config.train.dtype])
 
 
-def make_loss(config: Config, manifests: Mapping[str, Manifest]) -> Loss:
+def make_loss(config: Config, manifests: Mapping[str, Manifest], language: LanguageModel | None = None) -> Loss:
     """Returns ``loss(params, batch, key)``, the mean over the batch's real rows.
+
+    With a language model the text loss joins the method's: ``language.text_weight`` times the mean over the learned
+    tokens of the whole batch (see `weigh_text`), and HAWAII's scores read the questions.
 
     Args:
       config: a whole run's settings.
       manifests: of each expert's store; they say how its payload is decoded on the device. Of an expert whose
         features the batch holds already, such as one that runs in the step, where they are standardised.
+      language: the modules of ``config.language``; None where its kind is ``none``.
 
     Returns:
       A pure function ``(params, batch, key) -> (loss, metrics)`` of `initial_parameters`' tree.
@@ -49,17 +57,62 @@ def make_loss(config: Config, manifests: Mapping[str, Manifest]) -> Loss:
         return found if known is None else standardized(config, name, known, found)
 
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        text = batch.get("text")
+        rows = batch["mask"].shape[0]
+        if batch["mask"].ndim == 2:
+            batch = _by_picture(batch)
         features = {name: _features(name, payload) for name, payload in batch["features"].items()}
         pixels = view.normalize(batch["pixels"])
         outputs = method.forward(student, params, pixels, features, config, key)
-        return method.objective(params.get("method", {}), outputs, features, batch, config)
+        if language is not None and text is not None and "instruction" in text:
+            words = text["instruction"]
+            embedded = jax.lax.stop_gradient(language.embed(params["language"], words))
+            batch = {**batch, "instruction": embedded, "instruction_mask": words >= 0}
+        total, metrics = method.objective(params.get("method", {}), outputs, features, batch, config)
+        if language is None:
+            return total, metrics
+        tokens = method.visible_tokens(outputs, config)
+        tokens = tokens.reshape(rows, -1, tokens.shape[-1])
+        told, more = text_loss(language, params["language"], tokens, text)
+        told = told / jnp.maximum(batch["mask"].sum(), 1)
+        total = total + config.language.text_weight * told
+        return total, {**metrics, **more, "loss/text": told, "loss/total": total}
 
     return loss
 
 
+def _by_picture(batch: Batch) -> Batch:
+    """Makes rows of the pictures (B, I, ...) of each row; the text stays as it is."""
+    return {
+        name: value if name == "text" else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), value)
+        for name, value in batch.items()
+    }
+
+
+def weigh_text(batch: Batch) -> Batch:
+    """Gives every row the weight of its learned tokens, so that micro-batches add up to the mean over tokens.
+
+    The step weighs a micro-batch by its share of the real pictures, and the loss divides by their number; with
+    ``weight`` = pictures / learned tokens of the whole batch the sum is the mean over the learned tokens, as one
+    batch would have it, however they are spread.
+    """
+    text = batch["text"]
+    learned = (next_tokens(text["labels"]) != IGNORED).sum()
+    weight = batch["mask"].sum() / jnp.maximum(learned, 1)
+    rows = text["labels"].shape[0]
+    return {**batch, "text": {**text, "weight": jnp.full((rows,), weight, jnp.float32)}}
+
+
 def logical_axes(config: Config) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
     """Returns the first-match table of logical axes of every parameter of a run."""
-    return vit.LOGICAL_AXES + mole.LOGICAL_AXES + mola.LOGICAL_AXES + methods.get(config.method.name).LOGICAL_AXES
+    language = language_axes(config.language)
+    return (
+        language
+        + vit.LOGICAL_AXES
+        + mole.LOGICAL_AXES
+        + mola.LOGICAL_AXES
+        + methods.get(config.method.name).LOGICAL_AXES
+    )
 
 
 def count(tree: dict[str, Any]) -> int:

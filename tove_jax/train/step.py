@@ -19,7 +19,11 @@ Prepare = Callable[[Any, Batch], Batch]
 
 
 def make_step(
-    config: Config, loss: Loss, optimizer: optax.GradientTransformation, prepare: Prepare | None = None
+    config: Config,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    prepare: Prepare | None = None,
+    weigh: Callable[[Batch], Batch] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the step; the caller jits it with shardings and donates the state.
 
@@ -33,6 +37,8 @@ def make_step(
       optimizer: over the flat trainable tree.
       prepare: ``(experts, batch) -> batch``, run on each micro-batch before anything is differentiated: the experts
         that run in the step, see `tove_jax.experts.online`.
+      weigh: ``batch -> batch``, run on the whole batch before it is split: for losses that are means over something
+        else than rows.
 
     Returns:
       ``step(state, batch, experts=None) -> (state, metrics)``; `experts` are what `prepare` takes, metrics are
@@ -53,7 +59,7 @@ def make_step(
     def accumulated(state: TrainState, experts: Any, batch: Batch, key: jax.Array) -> Any:
         # Split the rows with the pieces as the inner axis: each device keeps its own rows.
         micro = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
-        weights = micro["mask"].sum(1).astype(jnp.float32)
+        weights = micro["mask"].reshape(pieces, -1).sum(1).astype(jnp.float32)
         weights = weights / jnp.maximum(weights.sum(), 1.0)
 
         def piece(total: Any, item: Any) -> Any:
@@ -69,6 +75,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch, experts: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        batch = batch if weigh is None else weigh(batch)
         metrics, grads = (gradients if pieces == 1 else accumulated)(state, experts, batch, key)
         norm = global_norm(grads)
         good = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm) & (state.bad_step < 0)
