@@ -8,10 +8,12 @@ import pickle
 import pytest
 
 from tove_jax.config.schema import DataConfig
-from tove_jax.data import make_source
+from tove_jax.data import make_source, records
+from tove_jax.data.dialogue import blank_picture, dialogues_of
 from tove_jax.data.folder import FolderSource
 from tove_jax.data.llava import LlavaSource
 from tove_jax.data.photographs import PhotographSource
+from tove_jax.data.picture import BLANK
 from tove_jax.errors import InputError
 
 
@@ -124,46 +126,77 @@ def write_llava(album, records, name="data.json"):
 
 
 def test_llava(album, check_source):
-    records = [plain(7, "cats/a.png"), plain("b", ["top.gif"], " a dog\n"), TEXT_ONLY, plain("b", "top.gif", "again")]
-    path = write_llava(album, records)
+    two = {"id": "two", "image": ["cats/b.JPG", "top.gif"], "conversations": [turn("human", "<image><image>Same?")]}
+    two["conversations"].append({"weight": 1, "value": "No", "from": "gpt"})
+    rows = [plain(7, "cats/a.png", " a cat\n"), plain("b", ["top.gif"]), TEXT_ONLY, plain("b", "./top.gif"), two]
+    path = write_llava(album, rows)
     source = LlavaSource(path, album, blank_size=20)
     check_source(source)
-    assert source.ids == ["7", "b", "t", "b#2"]
-    assert source.captions == ["a cat", "a dog", None, "again"]
-    assert source.pictured == [True, True, False, True]
-    assert source[0].conversations == tuple(records[0]["conversations"])
-    assert source[2].image.shape == (20, 20, 3) and not source[2].image.any()
+    assert source.ids == ["cats/a.png", "top.gif", "cats/b.JPG", BLANK]
+    assert source.captions == ["a cat", None, None, None]
+    assert source.pictured == [True, True, True, False] and blank_picture(source) == 3
+    assert source[3].image.shape == (20, 20, 3) and not source[3].image.any()
+    assert [one.id for one in source.dialogues] == ["7", "b", "t", "b#2", "two"]
+    assert [one.pictures for one in source.dialogues] == [(0,), (1,), (), (1,), (2, 1)]
+    assert source.dialogues[2].turns == tuple(TEXT_ONLY["conversations"])
+    assert source.dialogues[-1].turns[1] == turn("gpt", "No")
+    assert [one.id for one in source.dialogues[1:3]] == ["b", "t"] and dialogues_of(source) is source.dialogues
+    with pytest.raises(IndexError):
+        source.dialogues[5]
     assert len(pickle.dumps(source)) < 500 + 2 * len(str(album))
     lines = album / "data.jsonl"
-    lines.write_text("\n".join(map(json.dumps, records)))
-    assert LlavaSource(lines, album).ids == source.ids
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    again = LlavaSource(lines, album)
+    assert again.ids == source.ids and list(again.dialogues) == list(source.dialogues)
+
+
+def test_llava_without_text_only_records_has_no_black_picture(album):
+    source = LlavaSource(write_llava(album, [plain("a", "top.gif")]), album)
+    assert source.ids == ["top.gif"] and source.pictured == [True] and blank_picture(source) is None
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])
+def test_records_are_read_a_piece_at_a_time(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    values = [1, 23456, {"a": ["]", 'x"y', {}]}, [], "\ud83d é", None, -1.5e3]
+    path = tmp_path / "some.json"
+    for text in (json.dumps(values), "\ufeff \n" + json.dumps(values, indent=2, ensure_ascii=True) + "\n\n"):
+        path.write_text(text, "utf-8")
+        assert list(records.read_records(path)) == values
+    for text, message in {
+        "[]": "found none",
+        "[1, 2": "after [12] records",
+        "[1,]": "after 1 records",
+        "[1 2]": "expected a comma or the list's end, found '2",
+        "[1] 2": "text after the list's end",
+        '{"a": 1}': "expected a list of records, found '{",
+        "": "after 0 records",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            list(records.read_records(path))
 
 
 @pytest.mark.parametrize(
-    ("records", "message"),
+    ("rows", "message"),
     [
-        (
-            [plain("a", "cats/a.png"), plain("b", "cats/z.png")],
-            r"id 'b': picture .*cats/z.png is missing \(1 missing of 2",
-        ),
+        ([plain("a", "cats/a.png"), plain("b", "cats/z.png")], r"picture .*cats/z.png is missing \(1 missing of 2"),
         ([plain("a", "nowhere/z.png")], "nowhere/z.png is missing"),
         ([{"id": "a", "image": "top.gif"}], r"record 0 \(id 'a'\): field conversations: expected a list of turns"),
         ([plain("a", "top.gif", "  ")], "turn 1 of 'gpt': expected text in value"),
         ([{"id": "a", "conversations": ["x"]}], "turn 0: expected an object"),
-        ([plain("a", "cats/a.png"), plain("a", "top.gif")], "already used for 'cats/a.png', now for 'top.gif'"),
-        ([plain("a#2", "top.gif"), plain("a", "top.gif"), plain("a", "top.gif")], "collide with repeated ids"),
+        ([plain("a#2", "top.gif"), plain("a", "top.gif"), plain("a", "top.gif")], "'a#2' collides with that of a"),
         ([plain("a", "../secret.png")], "inside the picture folder, found '../secret.png'"),
         ([plain("a", "/secret.png")], "inside the picture folder"),
-        ([plain("a", ["top.gif", "cats/a.png"])], "expected one picture a record, found 2"),
-        ([plain("a", 3)], "field image: expected a relative path, found int"),
+        ([plain("a", 3)], "field image: expected a relative path, found 3"),
         ([{"image": "top.gif"}], "record 0: expected an object with an id"),
-        ([], "expected a list of records"),
-        ({"id": "a"}, "expected a list of records, found dict"),
+        ([], "expected a list of records, found none"),
+        ({"id": "a"}, "expected a list of records, found '{"),
     ],
 )
-def test_llava_records_that_are_refused(album, records, message):
+def test_llava_records_that_are_refused(album, rows, message):
     with pytest.raises(InputError, match=message):
-        LlavaSource(write_llava(album, records), album)
+        LlavaSource(write_llava(album, rows), album)
 
 
 def test_llava_file_that_is_missing_or_no_json(album):
@@ -172,6 +205,15 @@ def test_llava_file_that_is_missing_or_no_json(album):
     (album / "bad.json").write_text("[{")
     with pytest.raises(InputError, match="bad.json: expected JSON"):
         LlavaSource(album / "bad.json", album)
+
+
+def test_captions_make_conversations(album):
+    with pytest.raises(InputError, match="'folder' has none for its 4 pictures"):
+        dialogues_of(FolderSource(album))
+    (album / "captions.json").write_text(json.dumps({id: f"of {id}" for id in ALBUM_IDS}))
+    dialogues = dialogues_of(FolderSource(album))
+    assert [(one.id, one.pictures) for one in dialogues] == [(id, (number,)) for number, id in enumerate(ALBUM_IDS)]
+    assert dialogues[3].turns == (turn("human", "<image>"), turn("gpt", "of top.gif"))
 
 
 def test_photographs():
@@ -188,7 +230,7 @@ def test_door(album):
     path = write_llava(album, [plain("a", "top.gif"), TEXT_ONLY])
     source = make_source(DataConfig(source="llava", path=str(path), image_size=16))
     assert source[1].image.shape == (16, 16, 3)
-    assert make_source(DataConfig(source="llava", path=str(path), images=str(album))).ids == ["a", "t"]
+    assert make_source(DataConfig(source="llava", path=str(path), images=str(album))).ids == ["top.gif", BLANK]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from tove_jax.data.picture import BLANK
 from tove_jax.data.split import fraction, split, spread
 from tove_jax.errors import InputError
 
@@ -46,6 +47,12 @@ def test_limit_is_spread_evenly():
     assert sorted([*train, *held_out]) == list(range(0, 2000, 20))
     assert len(set(spread(7, 5))) == 5
     assert len(split(IDS, 0.25, limit=9999).train) == len(split(IDS, 0.25).train)
+
+
+def test_the_black_picture_trains_beside_the_limit():
+    for salt in "abcdef":
+        plain, blank = split(IDS, 0.9, salt=salt, limit=50), split([*IDS, BLANK], 0.9, salt=salt, limit=50)
+        assert blank.train.tolist() == [*plain.train, 2000] and blank.held_out.tolist() == plain.held_out.tolist()
 
 
 @pytest.mark.parametrize("options", [{"held_out": 1.5}, {"held_out": 0.1, "limit": -1}])

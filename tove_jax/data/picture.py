@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+
+BLANK = "(blank)"
+"""Id of the black picture that a source has where some of its conversations have none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +21,12 @@ class Picture:
       image: uint8 (H, W, 3), RGB.
       caption: text, or None where the source has none.
       label: name of the category, or None.
-      conversations: LLaVA's list of turns, or None.
     """
 
     id: str
     image: np.ndarray
     caption: str | None = None
     label: str | None = None
-    conversations: tuple[dict[str, Any], ...] | None = None
 
 
 class PictureSource(Protocol):

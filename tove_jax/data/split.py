@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tove_jax.data.picture import BLANK
 from tove_jax.errors import InputError
 
 
@@ -35,7 +36,8 @@ def split(ids: Sequence[str], held_out: float, *, salt: str = "", limit: int = 0
     """Splits a source into training and held-out pictures.
 
     A picture's side depends on its id, the salt and the share alone, so it stays when pictures are
-    added, removed or reordered; with a larger share, held-out pictures stay held out.
+    added, removed or reordered; with a larger share, held-out pictures stay held out. The black picture `BLANK`
+    always trains, beside the limit.
 
     Args:
       ids: of the source.
@@ -53,6 +55,9 @@ def split(ids: Sequence[str], held_out: float, *, salt: str = "", limit: int = 0
         raise InputError(f"data.held_out: expected a share from 0 to 1, found {held_out}")
     if limit < 0:
         raise InputError(f"data.limit: expected 0 or more pictures, found {limit}")
-    chosen = spread(len(ids), limit)
-    held = np.fromiter((fraction(ids[i], salt) < held_out for i in chosen), bool, len(chosen))
+    blank = len(ids) > 0 and ids[-1] == BLANK
+    chosen = spread(len(ids) - blank, limit)
+    if blank:
+        chosen = np.append(chosen, np.int32(len(ids) - 1))
+    held = np.fromiter((ids[i] != BLANK and fraction(ids[i], salt) < held_out for i in chosen), bool, len(chosen))
     return Split(train=chosen[~held], held_out=chosen[held])
