@@ -31,11 +31,13 @@ class Projector(nn.Module):
       width: W, the language model's.
       kind: ``mlp2x_gelu`` or ``linear``.
       dtype: compute dtype.
+      bias: whether the linears have one.
     """
 
     width: int
     kind: Kind = "mlp2x_gelu"
     dtype: Any = jnp.float32
+    bias: bool = True
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -54,7 +56,7 @@ class Projector(nn.Module):
         def linear(name: str, axis: str) -> nn.Module:
             axes = ("batch", *middle, axis)
             init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as torch draws a linear's weights
-            return Linear(self.width, dtype=self.dtype, kernel_init=init, axes=axes, name=name)
+            return Linear(self.width, self.bias, dtype=self.dtype, kernel_init=init, axes=axes, name=name)
 
         x = tokens
         if self.kind == "mlp2x_gelu":
