@@ -14,7 +14,7 @@ import numpy as np
 
 from tove_jax.errors import InputError
 from tove_jax.models.rotary import turn_halves
-from tove_jax.models.stack import UNROLLED, Remat, Requests, rematerialised, segments
+from tove_jax.models.stack import UNROLLED, Remat, Requests, parse, rematerialised, segments
 from tove_jax.parallel import constrain
 
 STORED = ("layers", "batch", "tokens", "kv_heads", None)
@@ -136,6 +136,74 @@ def make_cache(depth: int, batch: int, size: int, heads: int, width: int, dtype:
     """Returns an empty store for `size` tokens a row; see `Cache`."""
     empty = constrain(jnp.zeros((depth, batch, size, heads, width), dtype), STORED)
     return Cache(empty, empty, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
+
+
+class Rows(NamedTuple):
+    """Tokens about to be read, and how they lie behind those read before.
+
+    Attributes:
+      own: bool or int (B, T), their segments (see `row_positions`).
+      keys: (B, S), those of everything that is kept, theirs among them.
+      first: int32 (), place of the first of them.
+      positions: int32 (B, T), places in the text, from 0.
+    """
+
+    own: jax.Array
+    keys: jax.Array
+    first: jax.Array
+    positions: jax.Array
+
+    def advance(self, cache: Cache) -> Cache:
+        """Returns the cache with these tokens counted in."""
+        return cache._replace(mask=self.keys, used=self.first + self.own.shape[1])
+
+
+def place_rows(
+    shape: tuple[int, int], mask: jax.Array | None, positions: jax.Array | None, cache: Cache | None
+) -> Rows:
+    """Places rows of `shape` (B, T); mask and positions as `tove_jax.models.llama.Llama` takes them."""
+    own = jnp.ones(shape, bool) if mask is None else mask
+    keys, first = own, jnp.zeros((), jnp.int32)
+    if cache is not None:
+        own, first = own.astype(bool), cache.used
+        keys = jax.lax.dynamic_update_slice(cache.mask, own, (jnp.zeros((), jnp.int32), first))
+    if positions is None:
+        positions = row_positions(own)
+        if cache is not None:
+            positions += cache.mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
+    return Rows(own, keys, first, positions)
+
+
+def check_rows(width: int, tokens: Any, embeddings: Any, mask: Any, cache: Cache | None) -> tuple[int, int]:
+    """Refuses what a decoder of `width` cannot read, see `tove_jax.models.llama.Llama`; returns (B, T).
+
+    Raises:
+      InputError: both or neither of tokens and embeddings, or arrays that do not fit.
+    """
+    if (tokens is None) == (embeddings is None):
+        raise InputError("language model: expected either tokens or embeddings")
+    if tokens is not None and (tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer)):
+        raise InputError(f"tokens: expected integers (batch, tokens), found {tokens.dtype} {tokens.shape}")
+    if embeddings is not None and (embeddings.ndim != 3 or embeddings.shape[-1] != width):
+        raise InputError(f"embeddings: expected (batch, tokens, {width}), found {embeddings.shape}")
+    rows, length = (tokens if tokens is not None else embeddings).shape[:2]
+    if mask is not None and mask.shape != (rows, length):
+        raise InputError(f"mask: expected {(rows, length)}, found {mask.shape}")
+    if cache is not None and (cache.mask.shape[0] != rows or cache.mask.shape[1] < length):
+        raise InputError(f"cache: {cache.mask.shape} (batch, places) cannot take tokens {(rows, length)}")
+    return rows, length
+
+
+def parse_names(intermediates: Sequence[str], depth: int) -> Requests:
+    """Sorts the names of a decoder's intermediates, see `tove_jax.models.llama.Llama`.
+
+    Raises:
+      InputError: an unknown name.
+    """
+    for name in intermediates:
+        if "attention" in name:
+            raise InputError(f"intermediate '{name}': expected embeddings, hidden or layers/<i>")
+    return parse(intermediates, depth, ("embeddings", "hidden"))
 
 
 class Memory(NamedTuple):

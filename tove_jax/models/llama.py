@@ -10,12 +10,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tove_jax.errors import InputError
 from tove_jax.models.attention import Implementation, attention
 from tove_jax.models.block import LOGICAL_AXES as BLOCK_AXES
 from tove_jax.models.block import TOKENS, Mlp, make_norm, stacked_init
-from tove_jax.models.causal import Cache, Memory, Rope, make_cache, row_positions, run_layers, turn, visible
-from tove_jax.models.stack import Remat, parse
+from tove_jax.models.causal import (
+    Cache,
+    Memory,
+    Rope,
+    Rows,
+    check_rows,
+    make_cache,
+    parse_names,
+    place_rows,
+    run_layers,
+    turn,
+    visible,
+)
+from tove_jax.models.stack import Remat
 from tove_jax.parallel import constrain
 
 LOGICAL_AXES = (
@@ -48,11 +59,14 @@ class CausalAttention(nn.Module):
         self,
         x: jax.Array,
         memory: Memory | None,
-        tables: tuple[jax.Array, jax.Array],
+        tables: tuple[jax.Array, jax.Array] | None,
         mask: jax.Array | None,
-        window: int | None,
+        window: int | None = None,
     ) -> tuple[jax.Array, Memory | None]:
-        """Returns (B, T, D) and the extended memory; without a mask attention is causal, within `window`."""
+        """Returns (B, T, D) and the extended memory.
+
+        Without a mask attention is causal, within `window`; without tables, positions are the tokens' own affair.
+        """
         width = x.shape[-1]
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
@@ -61,8 +75,9 @@ class CausalAttention(nn.Module):
             y = nn.Dense(size, name in self.biases, dtype=self.dtype, kernel_init=init, name=name)(x)
             return constrain(y.reshape(*y.shape[:-1], count, self.head_width), ("batch", "tokens", axis, None))
 
-        query = turn(heads("query", self.heads, "heads"), tables)
-        key = turn(heads("key", self.kv_heads, "kv_heads"), tables)
+        query, key = heads("query", self.heads, "heads"), heads("key", self.kv_heads, "kv_heads")
+        if tables is not None:
+            query, key = turn(query, tables), turn(key, tables)
         value = heads("value", self.kv_heads, "kv_heads")
         if memory is not None:
             memory, key, value = memory.extend(key, value)
@@ -249,26 +264,13 @@ class Llama(nn.Module):
         Raises:
           InputError: both or neither of tokens and embeddings, arrays that do not fit, an unknown name.
         """
-        x = self._check(tokens, embeddings, mask, cache)
-        batch, length = x.shape[:2]
-        for name in intermediates:
-            if "attention" in name:
-                raise InputError(f"intermediate '{name}': expected embeddings, hidden or layers/<i>")
-        asked = parse(intermediates, self.depth, ("embeddings", "hidden"))
-        x = constrain(x, TOKENS)
+        shape = check_rows(self.width, tokens, embeddings, mask, cache)
+        asked = parse_names(intermediates, self.depth)
+        x = constrain(self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype), TOKENS)
         found: dict[str, Any] = {"embeddings": x}
-        rows = jnp.ones((batch, length), bool) if mask is None else mask
-        keys, first = rows, jnp.zeros((), jnp.int32)
-        if cache is not None:
-            first = cache.used
-            keys = jax.lax.dynamic_update_slice(cache.mask, rows.astype(bool), (jnp.zeros((), jnp.int32), first))
-            rows = rows.astype(bool)
-        if positions is None:
-            positions = row_positions(rows)
-            if cache is not None:
-                positions += cache.mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
-        tables = self.rope.tables(self.head_width, positions)
-        call, data = self._masks(mask, cache, rows, keys, first, tables)
+        rows = place_rows(shape, mask, positions, cache)
+        tables = self.rope.tables(self.head_width, rows.positions)
+        call, data = self._masks(mask is None and cache is None, rows, tables)
         wanted = final or "hidden" in intermediates
         x, told, cache_after = run_layers(
             self.block,
@@ -283,7 +285,7 @@ class Llama(nn.Module):
         )
         found.update(told)
         if cache is not None and cache_after is not None:
-            found["cache"] = cache_after._replace(mask=keys, used=first + length)
+            found["cache"] = rows.advance(cache_after)
         logits = None
         if wanted or self.is_initializing():
             hidden = found["hidden"] = self.norm(x)
@@ -294,37 +296,18 @@ class Llama(nn.Module):
         names = (*intermediates, "cache") if cache is not None else intermediates
         return logits, {name: found[name] for name in names}
 
-    def _masks(
-        self, mask: Any, cache: Cache | None, rows: jax.Array, keys: jax.Array, first: jax.Array, tables: Any
-    ) -> tuple[Any, Any]:
+    def _masks(self, open_: bool, rows: Rows, tables: Any) -> tuple[Any, Any]:
         """Returns what each layer is called with, as a function of its own data, and that data."""
         mixed = self.window is not None and 0 < self.window_from < self.depth
         window = None if self.window is None or self.window_from >= self.depth else self.window
-        if mask is None and cache is None and not mixed:
+        if open_ and not mixed:
             return (lambda _: (tables, None, window)), None
-        near = visible(rows, keys, first, window)
+        near = visible(rows.own, rows.keys, rows.first, window)
         if not mixed:
             return (lambda _: (tables, near, None)), None
-        far = visible(rows, keys, first)
+        far = visible(rows.own, rows.keys, rows.first)
         # All layers share one compiled body, so the choice between the two masks is data.
         return (lambda own: (tables, jnp.where(own, near, far), None)), jnp.arange(self.depth) >= self.window_from
-
-    def _check(self, tokens: Any, embeddings: Any, mask: Any, cache: Cache | None) -> jax.Array:
-        if (tokens is None) == (embeddings is None):
-            raise InputError("language model: expected either tokens or embeddings")
-        if tokens is not None:
-            if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-                raise InputError(f"tokens: expected integers (batch, tokens), found {tokens.dtype} {tokens.shape}")
-            x = self.embed(tokens)
-        else:
-            if embeddings.ndim != 3 or embeddings.shape[-1] != self.width:
-                raise InputError(f"embeddings: expected (batch, tokens, {self.width}), found {embeddings.shape}")
-            x = embeddings.astype(self.dtype)
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise InputError(f"mask: expected {x.shape[:2]}, found {mask.shape}")
-        if cache is not None and (cache.mask.shape[0] != x.shape[0] or cache.mask.shape[1] < x.shape[1]):
-            raise InputError(f"cache: {cache.mask.shape} (batch, places) cannot take tokens {x.shape[:2]}")
-        return x
 
 
 @functools.lru_cache(maxsize=32)
