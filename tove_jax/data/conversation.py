@@ -252,6 +252,50 @@ def _joined(texts: Sequence[str], template: Template) -> tuple[str, list[tuple[i
     return whole, learned, broken
 
 
+def _asked_and_answered(
+    conversation: Sequence[Mapping[str, Any]], template: Template, images: int, where: str
+) -> list[str]:
+    texts = _texts(conversation, images, where, open_end=False)
+    if template.pictures_only:
+        if len(texts) != 2 or not images:
+            raise InputError(
+                f"{where}: template {template.name!r}: expected a picture and its caption, found {images} pictures "
+                f"and {len(texts)} turns"
+            )
+        texts[0] = IMAGE * images
+    return texts
+
+
+def count_tokens(
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    template: Template,
+    tokenizer: Tokenizer,
+    *,
+    images: Sequence[int],
+    where: Sequence[str],
+) -> np.ndarray:
+    """Returns how many ids `encode` gives each conversation, int32 (n,), pictures left out; faster than that.
+
+    Args:
+      conversations, template, tokenizer: as `encode` takes them.
+      images: pictures of each conversation.
+      where: names each in errors.
+
+    Raises:
+      InputError: as `encode`.
+    """
+    owners: list[int] = []
+    pieces: list[str] = []
+    for number, conversation in enumerate(conversations):
+        texts = _asked_and_answered(conversation, template, images[number], where[number])
+        parts = [piece for piece in _joined(texts, template)[0].split(IMAGE) if piece]
+        pieces += parts
+        owners += [number] * len(parts)
+    counts = np.full(len(conversations), int(tokenizer.begin is not None), np.int32)
+    np.add.at(counts, owners, tokenizer.count(pieces))
+    return counts
+
+
 def encode(
     conversation: Sequence[Mapping[str, Any]],
     template: Template,
@@ -278,14 +322,7 @@ def encode(
       InputError: unknown role, empty question or answer, turns that do not alternate, no answer at all,
         more or fewer ``<image>`` than pictures or one in an answer; for ``plain`` more than a round or no picture.
     """
-    texts = _texts(conversation, images, where, open_end=False)
-    if template.pictures_only:
-        if len(texts) != 2 or not images:
-            raise InputError(
-                f"{where}: template {template.name!r}: expected a picture and its caption, found {images} pictures "
-                f"and {len(texts)} turns"
-            )
-        texts[0] = IMAGE * images
+    texts = _asked_and_answered(conversation, template, images, where)
     text, learned, broken = _joined(texts, template)
     ids, spans = _tokens(text, tokenizer)
     keep = np.zeros(len(ids), bool)
