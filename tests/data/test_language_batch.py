@@ -12,6 +12,7 @@ from tove_jax.data.language_batch import (
     image_slots,
     padding_share,
     plan_batches,
+    plan_packed,
     word_lengths,
 )
 from tove_jax.errors import InputError
@@ -94,6 +95,7 @@ def test_arrays_of_a_batch():
         "input_ids": ((3, 6), "int32"),
         "labels": ((3, 6), "int32"),
         "attention_mask": ((3, 6), "bool"),
+        "segments": ((3, 6), "int32"),
         "image_positions": ((3, 3), "int32"),
         "image_counts": ((3,), "int32"),
         "record": ((3,), "int32"),
@@ -105,6 +107,49 @@ def test_arrays_of_a_batch():
     assert batch["image_counts"].tolist() == [2, 0, 0] and batch["record"].tolist() == [40, -1, 41]
     slots = image_slots(batch["input_ids"])
     assert slots.dtype == np.int32 and slots.tolist() == [[-1, 0, 1, -1, -1, -1], [-1] * 6, [-1] * 6]
+
+
+def packed(**settings):
+    pictures = np.arange(103) % 3
+    return plan_packed(
+        LENGTHS, pictures, **{"limit": 256, "pictures_per_row": 4, "batch": 4, "seed": 3, "window": 50, **settings}
+    )
+
+
+def test_packed_rows_hold_every_text_once_within_their_limits():
+    pictures = np.arange(103) % 3
+    batches = packed()
+    shared = [row for batch in batches for row in batch.shared()]
+    assert sorted(text for row in shared for text in row) == list(range(103))
+    assert max(len(row) for row in shared) > 1 and all(LENGTHS[row].sum() <= 256 for row in shared)
+    assert max(pictures[row].sum() for row in shared) <= 4
+    assert all(batch.rows.shape == batches[0].rows.shape and batch.length == 256 for batch in batches)
+    # No row would have held the texts of a later one besides, of those packed together.
+    assert len(packed(window=10**6)) <= len(batches) < len(packed(window=3))
+    assert padding_share(batches, LENGTHS) < 0.15 < padding_share(plan(), LENGTHS)
+    assert len(packed(pictures_per_row=2)) > len(batches)
+    assert len([row for row in shared if not row]) < 4 and len(packed(drop_remainder=True)) >= len(batches) - 1
+
+
+def test_packing_keeps_its_rows_and_their_number_over_the_epochs():
+    first, later = packed(), packed(epoch=1)
+    rows = [sorted(map(tuple, np.concatenate([batch.rows for batch in epoch]))) for epoch in (first, later)]
+    assert rows[0] == rows[1] and not same(first, later) and same(first, packed())
+    assert not same(first, packed(seed=4))
+
+
+def test_arrays_of_shared_rows():
+    texts = [row(3, (1,)), row(4, (0, 2), learned=4)]
+    batch = collate([texts, [], texts[0]], length=9, images=3, pad=7, records=[5, -1, 6])
+    assert batch["input_ids"][0].tolist() == [10, -200, 12, -200, 11, -200, 13, 7, 7]
+    assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 2, 2, 0, 0], [0] * 9, [1, 1, 1, 0, 0, 0, 0, 0, 0]]
+    # The second text's first token is not learned: the first text would have to tell it.
+    assert batch["labels"][0, 3] == IGNORED and batch["labels"][0, 4:7].tolist() == [11, -200, 13]
+    assert batch["image_positions"][0].tolist() == [1, 3, 5] and batch["image_counts"].tolist() == [3, 0, 1]
+    assert batch["record"].tolist() == [5, -1, 6] and (batch["attention_mask"] == (batch["segments"] > 0)).all()
+    alone = collate([texts[0]], length=9, images=3, pad=7, records=[6])
+    assert all((batch[name][2] == alone[name][0]).all() for name in batch)
+    assert batch_metrics([texts, []], length=9)["text/padding"] == pytest.approx(1 - 7 / 18)
 
 
 def test_metrics_of_a_batch():
@@ -128,5 +173,12 @@ def test_refusals():
         plan_batches(LENGTHS, PICTURED[:5], BUCKETS, batch=8, seed=0)
     with pytest.raises(InputError, match=f"row {LENGTHS.argmax()}: expected at most 128 tokens"):
         plan_batches(LENGTHS, PICTURED, (64, 128), batch=8, seed=0)
+    for settings, message in (
+        ({"limit": 150}, f"conversation {LENGTHS.argmax()}: expected at most 150 tokens"),
+        ({"pictures_per_row": 1}, "conversation 2: expected at most 1 pictures, found 2"),
+        ({"batch": 0}, "expected conversations, .* 103, 256, 0 and 50"),
+    ):
+        with pytest.raises(InputError, match=message):
+            packed(**settings)
     with pytest.raises(InputError, match="record 9: expected at most 4 tokens and 1 pictures, found 5 and 2"):
         collate([row(5, (1, 2))], length=4, images=1, pad=0, records=[9])

@@ -1,4 +1,4 @@
-"""Batches of conversations: grouped by modality and length, padded to few static lengths.
+"""Batches of conversations: grouped by modality and length and padded to few static lengths, or packed.
 
 The batches of an epoch are a function of the rows' lengths, the seed and the epoch alone, so that every process
 plans the same ones without talking to the others, and takes its slice of the rows.
@@ -21,12 +21,16 @@ class PlannedBatch:
     """One global batch.
 
     Attributes:
-      rows: int32 (B,), which conversations, -1 for rows that only fill the last batch.
+      rows: int32 (B,), which conversations, or (B, K), which share a row; -1 for none.
       length: the static length L it is padded to.
     """
 
     rows: np.ndarray
     length: int
+
+    def shared(self) -> list[list[int]]:
+        """Returns the conversations of each row, in their order; none in rows that only fill the batch."""
+        return [[int(text) for text in row if text >= 0] for row in self.rows.reshape(len(self.rows), -1)]
 
 
 def word_lengths(conversations: Sequence[Sequence[Mapping[str, Any]]], image_words: int = 128) -> np.ndarray:
@@ -122,6 +126,78 @@ def plan_batches(
     return plan
 
 
+def _pack(rows: np.ndarray, lengths: np.ndarray, pictures: np.ndarray, limit: int, most: int) -> list[list[int]]:
+    """Returns rows of at most `limit` tokens and `most` pictures: the longest text first, where it first fits."""
+    space, slots = np.full(len(rows), limit), np.full(len(rows), most)
+    shared: list[list[int]] = []
+    for row in rows[np.argsort(-lengths[rows], kind="stable")]:
+        # One row beyond those that are in use is empty, so that there is always a place.
+        place = int(np.argmax((space[: len(shared) + 1] >= lengths[row]) & (slots[: len(shared) + 1] >= pictures[row])))
+        if place == len(shared):
+            shared.append([])
+        shared[place].append(int(row))
+        space[place] -= lengths[row]
+        slots[place] -= pictures[row]
+    return shared
+
+
+def plan_packed(
+    lengths: np.ndarray,
+    pictures: np.ndarray,
+    *,
+    limit: int,
+    pictures_per_row: int,
+    batch: int,
+    seed: int,
+    epoch: int = 0,
+    window: int = 4096,
+    drop_remainder: bool = False,
+) -> list[PlannedBatch]:
+    """Plans an epoch of rows that several conversations share; ours, LLaVA has none.
+
+    Which conversations share a row follows from the seed alone, the order of the rows from the epoch too: so every
+    epoch has as many batches. In windows of shuffled conversations the longest is placed first, in the first row
+    that has room (first fit decreasing).
+
+    Args:
+      lengths: (n,), tokens of each conversation.
+      pictures: (n,), pictures of each.
+      limit: tokens of a row.
+      pictures_per_row: pictures of a row at most.
+      batch: rows of a global batch.
+      seed, epoch: of the order.
+      window: conversations that are packed together. More gives less padding and takes longer.
+      drop_remainder: leave an incomplete last batch out, else it is filled up with empty rows.
+
+    Returns:
+      Batches whose `PlannedBatch.rows` are (B, K), K the most texts that share a row of the epoch.
+
+    Raises:
+      InputError: no conversations, one that is longer than the limit or has too many pictures, sizes below one.
+    """
+    lengths, pictures = np.asarray(lengths), np.asarray(pictures)
+    if not len(lengths) or len(lengths) != len(pictures) or min(limit, batch, window) < 1:
+        raise InputError(
+            f"packing: expected conversations, as many counts of pictures, positive limit, batch and window, found "
+            f"{len(lengths)}, {len(pictures)}, {limit}, {batch} and {window}"
+        )
+    for found, most, what in ((lengths, limit, "tokens"), (pictures, pictures_per_row, "pictures")):
+        if found.max() > most:
+            row = int(found.argmax())
+            raise InputError(f"packing: conversation {row}: expected at most {most} {what}, found {found[row]}")
+    order = np.random.default_rng([seed]).permutation(len(lengths))
+    shared = [
+        row
+        for first in range(0, len(order), window)
+        for row in _pack(order[first : first + window], lengths, pictures, limit, pictures_per_row)
+    ]
+    table = np.full((-(-len(shared) // batch) * batch, max(map(len, shared))), -1, np.int32)
+    for place, number in enumerate(np.random.default_rng([seed, epoch]).permutation(len(shared))):
+        table[place, : len(shared[number])] = shared[number]
+    whole = len(shared) // batch if drop_remainder else len(table) // batch
+    return [PlannedBatch(table[first * batch : (first + 1) * batch], limit) for first in range(whole)]
+
+
 def padding_share(plan: Sequence[PlannedBatch], lengths: np.ndarray) -> float:
     """Returns the share of an epoch's positions that hold no token."""
     places = sum(len(batch.rows) * batch.length for batch in plan)
@@ -129,20 +205,32 @@ def padding_share(plan: Sequence[PlannedBatch], lengths: np.ndarray) -> float:
     return 1.0 - tokens / places
 
 
+Row = Encoded | Sequence[Encoded] | None
+"""One conversation, several that share a row, or nothing."""
+
+
+def _texts(row: Row) -> Sequence[Encoded]:
+    if row is None:
+        return ()
+    return (row,) if isinstance(row, Encoded) else row
+
+
 def collate(
-    rows: Sequence[Encoded | None], *, length: int, images: int, pad: int, records: Sequence[int] | None = None
+    rows: Sequence[Row], *, length: int, images: int, pad: int, records: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
     """Makes the arrays of a batch, padded on the right.
 
     ``input_ids`` int32 (B, L): `IMAGE_ID` at every position of a picture, `pad` in the padding;
     ``labels`` int32 (B, L): `IGNORED` where nothing is learned; ``attention_mask`` bool (B, L): False in the
-    padding; ``image_positions`` int32 (B, I): where each picture's first token stands, -1 for no picture;
+    padding; ``segments`` int32 (B, L): the number of the conversation within its row, from 1, and 0 in the padding;
+    ``image_positions`` int32 (B, I): where each picture's first token stands, -1 for no picture;
     ``image_counts`` int32 (B,); ``record`` int32 (B,): -1 for filling rows. Shapes depend on the arguments
     alone. The k-th position with `IMAGE_ID` of a row takes the k-th of the row's picture tokens:
-    ``jnp.cumsum(input_ids == IMAGE_ID, -1) - 1`` says which.
+    ``jnp.cumsum(input_ids == IMAGE_ID, -1) - 1`` says which. A conversation's first token is never learned, for in
+    a shared row another one stands before it.
 
     Args:
-      rows: conversations; None for a row that only fills the batch.
+      rows: conversations, or lists of those that share a row; None, or an empty list, only fills the batch.
       length: L.
       images: I, pictures of a row at most.
       pad: id of the padding.
@@ -156,38 +244,47 @@ def collate(
         "input_ids": np.full((count, length), pad, np.int32),
         "labels": np.full((count, length), IGNORED, np.int32),
         "attention_mask": np.zeros((count, length), bool),
+        "segments": np.zeros((count, length), np.int32),
         "image_positions": np.full((count, images), -1, np.int32),
         "image_counts": np.zeros(count, np.int32),
         "record": np.full(count, -1, np.int32),
     }
     for number, row in enumerate(rows):
-        if row is None:
+        texts = _texts(row)
+        if not texts:
             continue
         record = number if records is None else int(records[number])
-        if len(row) > length or len(row.starts) > images:
+        tokens, pictures = sum(map(len, texts)), sum(len(text.starts) for text in texts)
+        if tokens > length or pictures > images:
             raise InputError(
-                f"record {record}: expected at most {length} tokens and {images} pictures, found {len(row)} and "
-                f"{len(row.starts)}"
+                f"record {record}: expected at most {length} tokens and {images} pictures, found {tokens} and "
+                f"{pictures}"
             )
-        arrays["input_ids"][number, : len(row)] = row.ids
-        arrays["labels"][number, : len(row)] = row.labels
-        arrays["attention_mask"][number, : len(row)] = True
-        arrays["image_positions"][number, : len(row.starts)] = row.starts
-        arrays["image_counts"][number] = len(row.starts)
+        first = shown = 0
+        for segment, text in enumerate(texts, 1):
+            place = slice(first, first + len(text))
+            arrays["input_ids"][number, place] = text.ids
+            arrays["labels"][number, place] = text.labels
+            arrays["labels"][number, first] = IGNORED
+            arrays["segments"][number, place] = segment
+            arrays["image_positions"][number, shown : shown + len(text.starts)] = text.starts + first
+            first, shown = first + len(text), shown + len(text.starts)
+        arrays["attention_mask"][number, :first] = True
+        arrays["image_counts"][number] = shown
         arrays["record"][number] = record
     return arrays
 
 
-def batch_metrics(rows: Sequence[Encoded | None], length: int) -> dict[str, float]:
-    """Returns what a batch loses: shares of padding and of learned tokens; rows cut by the limit; rows not learned."""
-    real = [row for row in rows if row is not None]
-    places, tokens = len(rows) * length, sum(len(row) for row in real)
+def batch_metrics(rows: Sequence[Row], length: int) -> dict[str, float]:
+    """Returns what a batch loses: shares of padding and of learned tokens; texts cut by the limit; texts not learned."""
+    real = [text for row in rows for text in _texts(row)]
+    places, tokens = len(rows) * length, sum(len(text) for text in real)
     return {
         "text/padding": 1.0 - tokens / places,
-        "text/learned": sum(int((row.labels != IGNORED).sum()) for row in real) / max(tokens, 1),
-        "text/truncated_rows": float(sum(row.truncated > 0 for row in real)),
-        "text/truncated_tokens": float(sum(row.truncated for row in real)),
-        "text/ignored_rows": float(sum(row.ignored for row in real)),
+        "text/learned": sum(int((text.labels != IGNORED).sum()) for text in real) / max(tokens, 1),
+        "text/truncated_rows": float(sum(text.truncated > 0 for text in real)),
+        "text/truncated_tokens": float(sum(text.truncated for text in real)),
+        "text/ignored_rows": float(sum(text.ignored for text in real)),
     }
 
 
