@@ -339,7 +339,8 @@ class OptimConfig:
             ("method/.*", 1.0),
             ("student/.*", None),
             ("language/(projector|lora)/.*", 1.0),
-            ("language/model/(.*/)?(cross|cross_norm|adaptor|adaptor_norm|head)/.*", 1.0),
+            # What ToVE adds to RoBERTa, and its head but for the tied embedding; `head/kernel` is Llama's.
+            ("language/model/(.*/)?(cross|cross_norm|adaptor|adaptor_norm)/.*|language/model/head/(?!kernel).*", 1.0),
             ("language/.*", None),
         ),
         "First-match (regex, learning-rate factor or None for frozen); must cover every parameter.",

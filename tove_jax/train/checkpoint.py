@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,13 @@ class Checkpoints:
             raise InputError(f"{self.path}: saving step {step} failed: {error}") from None
 
     def save_frozen(self, frozen: dict[str, Any]) -> None:
-        """Stores the frozen weights once a run, so that a checkpoint is whole without its origin."""
+        """Stores the frozen weights once a run, so that a checkpoint is whole without its origin.
+
+        A language model that was read from ``language.initialize`` stays there; its hash is in the provenance.
+        """
         path = self.path.parent / "frozen"
+        if self._config.language.initialize:
+            frozen = {name: leaf for name, leaf in frozen.items() if not name.startswith("language/model/")}
         if frozen and not path.exists():
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(path, frozen)
@@ -202,6 +207,8 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
         raise InputError(f"{where}: not a whole checkpoint of ours: {', '.join(absent)} missing")
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
+    except jax.errors.JaxRuntimeError:  # Another process is gone.
+        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for one cause: unreadable files.
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec")[0]
         raise InputError(f"{where}: cannot be read, truncated or damaged: {reason}") from error
@@ -234,8 +241,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def settings_of(config: Config) -> dict[str, Any]:
+    """Returns every setting by its dotted name."""
+    return _flat(dataclasses.asdict(config))
+
+
 def _check_settings(saved: Config, config: Config, where: Path) -> None:
-    old, new = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
+    old, new = settings_of(saved), settings_of(config)
     changed = [
         f"config.{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -247,7 +259,7 @@ def _check_settings(saved: Config, config: Config, where: Path) -> None:
 
 
 def load_student(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any], dict[str, Any]]:
-    """Reads a run's parameters for evaluation or export, on one device.
+    """Reads a run's parameters for evaluation or export, on one device; those of its language model are left out.
 
     Args:
       workdir: the run's folder.
@@ -260,25 +272,52 @@ def load_student(workdir: Path, step: int | None = None) -> tuple[Config, dict[s
     Raises:
       InputError: no checkpoint there, or an unreadable one.
     """
+    config, trainable, frozen, provenance = _load(workdir, step, lambda path: not path.startswith("language/"))
+    params = merge(trainable, frozen)
+    if isinstance(config.method, MergeConfig):
+        params["student"] = fold(params, config)
+    return config, params, provenance
+
+
+def load_language(workdir: Path, step: int | None = None) -> dict[str, Any]:
+    """Reads the ``language/...`` leaves that a run keeps, flat, on the host.
+
+    Those are what trained, and what the run drew; a decoder that was read from ``language.initialize`` and stayed
+    frozen is there.
+
+    Raises:
+      InputError: no checkpoint there, or an unreadable one.
+    """
+    _, trainable, frozen, _ = _load(workdir, step, lambda path: path.startswith("language/"))
+    return jax.device_get({**frozen, **trainable})
+
+
+def _load(
+    workdir: Path, step: int | None, wanted: Callable[[str], bool]
+) -> tuple[Config, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Returns settings, the trainable and the frozen leaves that are wanted, and the provenance with ``step``."""
     sharding = SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(tree: dict[str, Any]) -> dict[str, Any]:
-        return {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding) for n, m in tree.items()}
+        return {
+            n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding) if wanted(n) else ocp.PLACEHOLDER
+            for n, m in tree.items()
+        }
+
+    def kept(tree: dict[str, Any]) -> dict[str, Any]:
+        return {n: leaf for n, leaf in tree.items() if wanted(n)}
 
     with _opened(workdir, step) as (manager, where, step):
         config, provenance = _read_settings(manager, where, step)
-        wanted = abstract(_saved_shapes(manager, where, step, "trainable"))
-        trainable = _restore(manager, where, step, trainable=ocp.args.StandardRestore(wanted)).trainable
+        saved = abstract(_saved_shapes(manager, where, step, "trainable"))
+        trainable = _restore(manager, where, step, trainable=ocp.args.StandardRestore(saved)).trainable
     frozen: dict[str, Any] = {}
     folder = where.parents[1] / "frozen"
     if folder.is_dir():
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
             frozen = checkpointer.restore(folder, abstract(dict(tree)))
-    params = merge(trainable, frozen)
-    if isinstance(config.method, MergeConfig):
-        params["student"] = fold(params, config)
-    return config, params, provenance
+    return config, kept(trainable), kept(frozen), provenance
 
 
 def require_finished(config: Config, found: int, run: Path, asked: int | None = None) -> None:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tove_jax.config.schema import Config, StudentConfig
+from tove_jax.config.schema import Config, MergeConfig, StudentConfig
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.load import import_encoder_adapters, import_student, with_image_size
 from tove_jax.hf.rules import match_shapes
-from tove_jax.train.checkpoint import load_settings, load_student, require_finished
+from tove_jax.train.checkpoint import load_language, load_settings, load_student, require_finished
 from tove_jax.train.state import Flat, flatten, unflatten
 
 _FIELD = "config.train.start_from"
@@ -114,6 +114,30 @@ def handed_vocabulary(config: Config) -> Vocabulary | None:
         return None
     expected = load_settings(Path(config.train.start_from))[1].get("vocabulary")
     return None if expected is None else Vocabulary.read(config.train.start_from, expected)
+
+
+def handed_language(config: Config) -> Flat:
+    """Returns the ``language/...`` leaves that this run takes from another, on the host: those that trained there.
+
+    A merge's source is that run, else the run of ``train.start_from``; an export, or a run without a language
+    model, hands nothing on.
+
+    Raises:
+      InputError: a run with another language model or tokenizer.
+    """
+    merges = isinstance(config.method, MergeConfig)
+    folder, step = (config.method.source, config.method.source_step) if merges else (config.train.start_from, 0)
+    if not folder or not is_run(folder):
+        return {}
+    stored, _ = load_settings(Path(folder), step or None)
+    if stored.language.kind == "none":
+        return {}
+    what = "config.method.source" if merges else _FIELD
+    if stored.language.kind != config.language.kind:
+        raise InputError(
+            f"{what}: expected a run with language.kind '{config.language.kind}', {folder} has '{stored.language.kind}'"
+        )
+    return load_language(Path(folder), step or None)
 
 
 def _read(config: Config) -> _Source:

@@ -8,24 +8,27 @@ saved step's batch), and only then go on.
 from __future__ import annotations
 
 import collections
+import hashlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+import tove_jax
 from tove_jax import methods
 from tove_jax.config.schema import Config
 from tove_jax.data import make_source
 from tove_jax.data.loader import Loader, make_loader
 from tove_jax.data.picture import PictureSource
-from tove_jax.data.split import split
+from tove_jax.data.split import Split, split
 from tove_jax.data.view import View
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError, NonFiniteError
@@ -33,13 +36,15 @@ from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.online import Online, load_online
 from tove_jax.experts.run import expert_cards, open_stores, store_path
 from tove_jax.experts.store import FeatureStore
-from tove_jax.parallel import check_replication, make_mesh, shard_batch
-from tove_jax.parallel.sharding import batch_sharding, replicated
-from tove_jax.train.checkpoint import Checkpoints
-from tove_jax.train.handover import handed_vocabulary
+from tove_jax.files.weights import hash_arrays
+from tove_jax.parallel import check_replication, make_mesh, shard_batch, together
+from tove_jax.parallel.sharding import batch_sharding, batch_share, replicated
+from tove_jax.train.checkpoint import Checkpoints, settings_of
+from tove_jax.train.handover import handed_language, handed_vocabulary
 from tove_jax.train.initial import initial_parameters, initial_state
+from tove_jax.train.language import LanguageSide, initial_language, open_language, read_pictures
 from tove_jax.train.metrics import MetricWriter, progress_bar, update_summary
-from tove_jax.train.objective import count, make_loss
+from tove_jax.train.objective import count, make_loss, weigh_text
 from tove_jax.train.optimizer import make_optimizer
 from tove_jax.train.state import TrainState
 from tove_jax.train.step import make_step
@@ -78,13 +83,23 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
     stores = open_stores(config, workdir, only=read)
     manifests = {name: store.manifest for name, store in stores.items()}
     flipped = open_stores(config, workdir, flip=True, only=read) if config.data.flip else None
-    source, words, loader = _make_loader(config, stores, flipped, online.views)
+    source, sides = open_source(config)
+    words = _words(config, source, sides)
+    side = open_language(config, workdir, source, sides, progress=progress)
+    loader = _make_loader(config, source, sides, words, side, stores, flipped, online.views, batch_share(mesh))
+    together.agree(_facts(config, source, manifests))
+    together.require_common(workdir)
     params, origins = initial_parameters(config, workdir, expert_cards(config, workdir))
-    provenance = _provenance(config, workdir, manifests, origins)
-    provenance |= {f"expert/{name}": expert.weights_hash for name, expert in online.experts.items()}
-    if words is not None:
-        provenance["vocabulary"] = words.hash
     with jax.set_mesh(mesh):
+        if side is not None:
+            handed = handed_language(config)
+            params["language"], behind = initial_language(config, side.model, mesh, handed)
+            origins |= behind | side.origins | ({"source_language": hash_arrays(handed)} if handed else {})
+        provenance = _provenance(config, workdir, manifests, origins)
+        provenance |= {f"expert/{name}": expert.weights_hash for name, expert in online.experts.items()}
+        if words is not None:
+            provenance["vocabulary"] = words.hash
+        together.agree({f"weights/{name}": str(value) for name, value in provenance.items()})
         state, shardings, optimizer = initial_state(config, params, make_optimizer, mesh)
         check_replication(state.trainable, mesh, config.train.replicated_limit_mb)
         check_replication(state.frozen, mesh, config.train.replicated_limit_mb)
@@ -100,8 +115,9 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
         if words is not None and not jax.process_index():
             words.write(workdir)
         _announce(config, state, mesh, latest, online)
+        loss = make_loss(config, manifests | dict(online.manifests), None if side is None else side.model)
         step = jax.jit(
-            make_step(config, make_loss(config, manifests | dict(online.manifests)), optimizer, online.prepare),
+            make_step(config, loss, optimizer, online.prepare, None if side is None else weigh_text),
             donate_argnums=0,
             in_shardings=(shardings, batch_sharding(mesh), online.shardings(mesh)),
             out_shardings=(shardings, replicated(mesh)),
@@ -114,21 +130,33 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
             checkpoints.close()
 
 
+def open_source(config: Config) -> tuple[PictureSource, Split]:
+    """Opens the pictures of a run, and says which train."""
+    source = make_source(config.data)
+    return source, split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
+
+
+def _words(config: Config, source: PictureSource, sides: Split) -> Vocabulary | None:
+    told = [source.captions[int(index)] for index in sides.train]
+    words = methods.get(config.method.name).vocabulary(config, told)
+    # A caption head that is handed over keeps its words.
+    return words if words is None else handed_vocabulary(config) or words
+
+
 def _make_loader(
     config: Config,
+    source: PictureSource,
+    sides: Split,
+    words: Vocabulary | None,
+    side: LanguageSide | None,
     stores: dict[str, FeatureStore],
     flipped: dict[str, FeatureStore] | None,
     views: Mapping[str, View],
-) -> tuple[PictureSource, Vocabulary | None, Loader]:
-    source = make_source(config.data)
-    sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
-    told = [source.captions[int(index)] for index in sides.train]
-    words = methods.get(config.method.name).vocabulary(config, told)
-    if words is not None:
-        words = handed_vocabulary(config) or words  # a caption head that is handed over keeps its words
-    loader = make_loader(
+    share: tuple[int, int],
+) -> Loader:
+    return make_loader(
         source,
-        sides.train,
+        sides.train if side is None else read_pictures(source, sides),
         View.of_student(config.student),
         stores,
         batch=config.train.batch,
@@ -136,12 +164,12 @@ def _make_loader(
         flip_readers=flipped,
         views=views,
         captions=None if words is None else words.encode(source.captions),
+        texts=None if side is None else side.texts,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share[0],
+        process_count=share[1],
     )
-    return source, words, loader
 
 
 def _provenance(
@@ -153,6 +181,18 @@ def _provenance(
         if f"expert/{name}" in known:
             manifest.require(store_path(config, workdir, name), weights_hash=known[f"expert/{name}"])
     return {**origins, **{f"expert/{name}": manifest.weights_hash for name, manifest in manifests.items()}}
+
+
+def _facts(config: Config, source: PictureSource, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """Returns what all processes of a run must have alike; where things lie may differ from machine to machine."""
+    free = ("title", "data.path", "data.images", "data.cache", "data.threads", "data.prefetch", "features.path")
+    ids = hashlib.sha256("\0".join(source.ids).encode()).hexdigest()
+    return {
+        "version": f"tove_jax {tove_jax.__version__}, jax {jax.__version__}",
+        **{f"config.{name}": repr(value) for name, value in settings_of(config).items() if name not in free},
+        "data": f"{len(source.ids)} pictures, ids {ids[:16]}",
+        **{f"features/{name}": manifest.identity() for name, manifest in manifests.items()},
+    }
 
 
 def _announce(config: Config, state: TrainState, mesh: Any, latest: int | None, online: Online) -> None:
@@ -169,15 +209,22 @@ def _announce(config: Config, state: TrainState, mesh: Any, latest: int | None, 
 
 
 @contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """Yields an event that a SIGTERM sets, so that the loop saves before it stops."""
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that says after every step whether to save and stop, since a SIGTERM came.
+
+    Of several processes, all stop after the same step, whichever of them got the signal: JAX listens for it and settles
+    on a step that none has passed.
+    """
+    if together.several():
+        yield multihost_utils.reached_preemption_sync_point
+        return
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield event
+        yield lambda step: event.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -214,7 +261,8 @@ class _Run:
     def go(self, step: Any, state: TrainState, done: int) -> int:
         config, total = self.config, self.config.train.steps
         if done >= total:
-            print(f"train: all {total} steps are done already", file=sys.stderr)
+            if self.main:
+                print(f"train: all {total} steps are done already", file=sys.stderr)
             return 0
         self.checkpoints.save_frozen(state.frozen)
         writer = MetricWriter(self.workdir, done, self.main)
@@ -231,7 +279,7 @@ class _Run:
                 state, metrics = step(state, batch)
                 if number < total:
                     following = self.fetch()
-                ending = stop.is_set() or number == total
+                ending = stop(number) or number == total
                 saving = ending or number % config.train.checkpoint_every == 0
                 # One step is always in flight; the one before it is looked at, so the device never waits.
                 for at, values in ([previous] if previous else []) + ([(number, metrics)] if saving else []):
@@ -263,7 +311,8 @@ class _Run:
         if self.main:
             self._summarise(first, last, rates)
         if number < total:
-            print(f"train: SIGTERM: saved step {number}, stopped", file=sys.stderr)
+            if self.main:
+                print(f"train: SIGTERM: saved step {number}, stopped", file=sys.stderr)
             return 143
         return 0
 
@@ -275,7 +324,9 @@ class _Run:
         if np.isfinite(float(metrics["loss/total"])) and np.isfinite(float(metrics["optim/gradient_norm"])):
             return
         bad = int(state.bad_step) + 1
-        records = [self.ids[int(i)] for number, rows in self.records if number == bad for i in rows if i >= 0]
+        here = [int(i) for number, rows in self.records if number == bad for i in rows.ravel() if i >= 0]
+        rows = np.concatenate(together.gather_rows(np.asarray(here, np.int32)))
+        records = [self.ids[row] for row in dict.fromkeys(rows.tolist())]
         kept = Checkpoints(self.workdir, self.config, self.provenance, name="nonfinite")
         kept.save(bad, state, {"records": records})
         kept.close()
