@@ -27,6 +27,8 @@ COMMANDS = {
     "import": "import_",
     "report": "report",
 }
+# In how many processes a command may run: `together` they step and save as one, `alone` each does its share of the work.
+TOGETHER, ALONE = "together", "alone"
 
 
 def _module(command: str) -> Any:
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 done, 1 a check failed, 2 bad input or a failing disk, 3 a loss that is not
-      finite, 130 or 143 stopped by a signal.
+      finite, 75 another process was lost and the command may be started again, 130 or 143 stopped by a signal.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -54,6 +56,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tove: no command '{command}'{nearest(command, COMMANDS)}", file=sys.stderr)
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    module, parser = parser_of(command)
+    overrides = [word for word in rest if parser.epilog and word.startswith("--config.")]
+    args = parser.parse_args([word for word in rest if word not in overrides])
+    try:
+        if processes := getattr(module, "PROCESSES", ""):
+            return _among_processes(module, args, overrides, parser.prog, processes)
+        return _run(module, args, overrides, parser.prog)
+    except KeyboardInterrupt:
+        print(f"tove {command}: interrupted", file=sys.stderr)
+        return 130
+    except (InputError, OSError, NonFiniteError) as error:
+        print(f"tove {command}: {error}", file=sys.stderr)
+        return _status(error)
+
+
+def parser_of(command: str) -> tuple[Any, argparse.ArgumentParser]:
+    """Returns a command's module and the parser of all its options but ``--config.SECTION.FIELD``."""
     module = _module(command)
     parser = argparse.ArgumentParser(prog=f"tove {command}", description=module.HELP, allow_abbrev=False)
     takes_config = getattr(module, "TAKES_CONFIG", False)
@@ -67,32 +86,49 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--workdir", type=Path, help="Run folder; runs/<the config's title> when left out.")
     if takes_config or settings is not None:
         parser.epilog = "Single settings: --config.SECTION.FIELD=VALUE"
+    if getattr(module, "PROCESSES", ""):
+        group = parser.add_argument_group("several processes", "found by themselves on TPUs, in Slurm and by launch/")
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="Where process 0 listens.")
+        group.add_argument("--process-id", type=int, metavar="I", help="This process, from 0.")
+        group.add_argument("--process-count", type=int, metavar="N", help="All processes; 1: look for no others.")
     module.add_arguments(parser)
-    overrides = [word for word in rest if parser.epilog and word.startswith("--config.")]
-    args = parser.parse_args([word for word in rest if word not in overrides])
+    return module, parser
+
+
+def _run(module: Any, args: argparse.Namespace, overrides: list[str], where: str) -> int:
+    settings = getattr(module, "settings", None)
+    if getattr(module, "TAKES_CONFIG", False) and args.config:
+        from tove_jax.config import from_file
+
+        args.config = from_file(args.config, overrides)
+        args.workdir = args.workdir or Path("runs") / (args.config.title or "run")
+    elif settings is not None:
+        from tove_jax.config import with_overrides
+
+        args.config = with_overrides(settings(args), overrides, where)
+    return module.run(args) or 0
+
+
+def _among_processes(module: Any, args: argparse.Namespace, overrides: list[str], where: str, processes: str) -> int:
+    """Runs a command as one of perhaps several processes, which end together when one of them cannot go on."""
+    from tove_jax.parallel import start, together
+
+    args.processes = start.start(args.coordinator, args.process_id, args.process_count, alone=processes == ALONE)
+    if not together.several():
+        return _run(module, args, overrides, where)
+    together.watch()
     try:
-        if takes_config and args.config:
-            from tove_jax.config import from_file
+        return _run(module, args, overrides, where)
+    except (InputError, OSError, NonFiniteError) as error:
+        print(f"{where}: process {args.processes.index}: {error}", file=sys.stderr)
+        together.leave(_status(error), str(error))
+    except Exception as error:
+        together.lost(error)
+    return 1
 
-            args.config = from_file(args.config, overrides)
-            args.workdir = args.workdir or Path("runs") / (args.config.title or "run")
-        elif settings is not None:
-            from tove_jax.config import with_overrides
 
-            args.config = with_overrides(settings(args), overrides, f"tove {command}")
-        return module.run(args) or 0
-    except InputError as error:
-        print(f"tove {command}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"tove {command}: {error}", file=sys.stderr)
-        return 2
-    except NonFiniteError as error:
-        print(f"tove {command}: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print(f"tove {command}: interrupted", file=sys.stderr)
-        return 130
+def _status(error: Exception) -> int:
+    return 3 if isinstance(error, NonFiniteError) else 2
 
 
 if __name__ == "__main__":

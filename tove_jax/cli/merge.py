@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tove_jax.config.schema import Config
 
+PROCESSES = "together"
 HELP = "distil a finished run, experts or adapters included, into one plain CLIP tower; resumes"
 
 

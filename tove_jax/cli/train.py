@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+PROCESSES = "together"
 HELP = "train the student on the experts' features; resumes a run that was stopped"
 TAKES_CONFIG = True
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -36,6 +37,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+@functools.lru_cache(8)
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Tells which of how many equal shares of a batch's rows this process's devices hold.
+
+    Processes over which only ``tensor`` is split hold the same rows, so there can be fewer shares than processes.
+
+    Args:
+      mesh: the device mesh.
+
+    Returns:
+      The number of the share, from 0, and how many there are.
+
+    Raises:
+      InputError: devices ordered so that two processes share some rows but not all.
+    """
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    held: dict[int, set[int]] = {}
+    for device, (index,) in batch_sharding(mesh).devices_indices_map((rows,)).items():
+        held.setdefault(cast(Any, device).process_index, set()).add(index.indices(rows)[0])
+    shares = sorted({tuple(sorted(starts)) for starts in held.values()})
+    if len({start for share in shares for start in share}) != sum(map(len, shares)) or len(set(map(len, shares))) > 1:
+        raise InputError(
+            f"mesh {dict(mesh.shape)}: two processes share some rows of the batch but not all; make tensor divide, or be "
+            "a multiple of, the devices of a process"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Makes global arrays of this process's rows.
 
@@ -46,8 +75,13 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Returns:
       The same tree of global jax arrays, rows split over data and fsdp.
     """
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), batch)
+    sharding, shares = batch_sharding(mesh), batch_share(mesh)[1]
+
+    def place(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_process_local_data(sharding, array, (shares * len(array), *array.shape[1:]))
+
+    return jax.tree.map(place, batch)
 
 
 def check_replication(tree: Any, mesh: Mesh, limit_mb: float) -> None:
