@@ -155,17 +155,14 @@ class _ByText:
         epoch, planned = self.texts.planned(step)
         slots: list[Slot] = []
         rows: list[list[int]] = []
-        for row in self.rows:
-            place = int(planned.rows[row])
-            if place < 0:
-                rows.append([])
-                slots += [None] * self.width
-                continue
-            number = int(self.texts.numbers[place])
-            found: list[Slot] = [(epoch, self.position[index]) for index in self.texts.dialogues[number].pictures]
-            if not found and self.blank is not None:
+        shared = planned.shared()
+        for place in self.rows:
+            numbers = [int(self.texts.numbers[number]) for number in shared[place]]
+            rows.append(numbers)
+            pictures = [index for number in numbers for index in self.texts.dialogues[number].pictures]
+            found: list[Slot] = [(epoch, self.position[index]) for index in pictures]
+            if numbers and not found and self.blank is not None:
                 found = [(epoch, self.blank)]
-            rows.append([number])
             slots += found + [None] * (self.width - len(found))
         return slots, self.texts.arrays(rows, planned.length)
 

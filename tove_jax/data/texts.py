@@ -12,7 +12,8 @@ import numpy as np
 from tove_jax.config.schema import TextConfig
 from tove_jax.data.conversation import IMAGE, Encoded, encode, expand_images, get_template
 from tove_jax.data.dialogue import Dialogue
-from tove_jax.data.language_batch import PlannedBatch, collate, plan_batches
+from tove_jax.data.language_batch import PlannedBatch, collate, plan_batches, plan_packed
+from tove_jax.data.lengths import picture_counts
 from tove_jax.data.tokenizer import Tokenizer
 from tove_jax.errors import InputError
 
@@ -56,9 +57,9 @@ class Texts:
     epochs: int | None = None
 
     @functools.cached_property
-    def pictured(self) -> np.ndarray:
-        """Bool (n,), whether the conversation has a picture."""
-        return np.fromiter((len(self.dialogues[int(n)].pictures) > 0 for n in self.numbers), bool, len(self.numbers))
+    def pictures(self) -> np.ndarray:
+        """Int32 (n,), pictures of each conversation."""
+        return picture_counts([self.dialogues[int(number)] for number in self.numbers])
 
     @functools.cached_property
     def epoch_steps(self) -> int:
@@ -71,16 +72,16 @@ class Texts:
         return functools.lru_cache(maxsize=2)(self._plan_epoch)
 
     def _plan_epoch(self, epoch: int) -> list[PlannedBatch]:
-        text = self.settings
+        text, order = self.settings, {"batch": self.batch, "seed": self.seed, "epoch": epoch}
+        if text.pack:
+            return plan_packed(self.lengths, self.pictures, limit=text.limit, pictures_per_row=text.pictures, **order)
         return plan_batches(
             self.lengths,
-            self.pictured,
+            self.pictures > 0,
             bucket_lengths(text),
-            batch=self.batch,
-            seed=self.seed,
-            epoch=epoch,
             by_modality=text.by_modality,
             window=text.window,
+            **order,
         )
 
     def planned(self, step: int) -> tuple[int, PlannedBatch]:
@@ -103,17 +104,18 @@ class Texts:
     def arrays(self, rows: Sequence[Sequence[int]], length: int) -> dict[str, np.ndarray]:
         """Makes the arrays of some rows of a batch, each the conversations that share it.
 
-        ``input_ids``, ``labels`` int32 (B, L) and ``dialogue`` int32 (B,) as `collate` gives them;
-        ``instruction`` int32 (B, l), the questions' tokens, -1 where there are no more.
+        ``input_ids``, ``labels`` int32 and ``attention_mask`` bool (B, L) as `collate` gives them, and ``segments``
+        with packing; ``dialogue`` int32 (B,), the row's first conversation; ``instruction`` int32 (B, l), the questions' tokens, -1 where there are no more.
         """
         found = collate(
-            [self.encoded(row[0]) if row else None for row in rows],
+            [[self.encoded(number) for number in row] for row in rows],
             length=length,
             images=self.settings.pictures,
             pad=self.tokenizer.pad,
             records=[row[0] if row else -1 for row in rows],
         )
-        result = {name: found[name] for name in ("input_ids", "labels")} | {"dialogue": found["record"]}
+        wanted = ("input_ids", "labels", "attention_mask", *(("segments",) if self.settings.pack else ()))
+        result = {name: found[name] for name in wanted} | {"dialogue": found["record"]}
         if self.instruction:
             result["instruction"] = np.stack([self._questions(row) for row in rows])
         return result

@@ -84,7 +84,7 @@ def text_loss(
       model: the modules.
       params: ``{"projector", "model", "lora"}``.
       tokens: (B, M, D), each row's picture tokens in order.
-      text: ``input_ids``, ``labels`` int (B, T), and optionally ``segments`` int (B, T), see `Llama.__call__`;
+      text: ``input_ids``, ``labels`` int and ``attention_mask`` bool (B, T), and optionally ``segments`` int (B, T), see `Llama.__call__`;
         ``weight`` float32 (B,), see `tove_jax.train.objective.weigh_text`: what a learned token of the row counts.
 
     Returns:
@@ -109,6 +109,7 @@ def text_loss(
     metrics = {
         "text/accuracy": right.sum() / jnp.maximum(learned.sum(), 1),
         "text/learned": learned.mean(),
+        "text/padding": 1 - text["attention_mask"].mean(),
     }
     return total, metrics
 
