@@ -216,9 +216,27 @@ class MergeConfig:
 class DataConfig:
     """Where pictures come from and how they are split."""
 
-    source: Literal["openmoji", "photographs", "folder", "llava", "webdataset"] = option("openmoji", "Kind of source.")
-    path: str = option("", "Folder, JSON file or tar pattern, as the source wants it.")
-    images: str = option("", "Folder of the pictures a LLaVA-style JSON names.")
+    source: Literal[
+        "openmoji",
+        "openmoji_questions",
+        "photographs",
+        "folder",
+        "webdataset",
+        "llava",
+        "coco",
+        "vqav2",
+        "gqa",
+        "textvqa",
+        "vizwiz",
+        "pope",
+        "vsr",
+        "scienceqa",
+    ] = option("openmoji", "Kind of source, see `tove_jax.data.make_source`.")
+    path: str = option(
+        "", "Folder, JSON file, some parts of one (`file#part+part`) or tar pattern, as the source wants it."
+    )
+    images: str = option("", "Folder of the pictures that a JSON file names; empty: the file's own folder.")
+    annotations: str = option("", "File of the answers where they are apart: VQAv2's, or ScienceQA's splits.")
     image_size: int = option(224, "Side at which drawings are rendered, pixels.")
     cache: str = option("", "Folder for rendered pictures; empty: a `tove_jax` folder in the user's cache.")
     held_out: float = option(0.25, "Share of pictures held out, by a hash of their id.")
