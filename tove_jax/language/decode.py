@@ -31,6 +31,7 @@ class Decoding:
       length_penalty: beam scores are divided by length to this power; above 0 favours long answers.
       early_stopping: True: a row is done once it has as many ended answers as beams; False: once its best open beam
         at its present length scores below them; ``never``: once it does at the most favourable length.
+      min_tokens: tokens written at least before the end token may come.
     """
 
     new_tokens: int
@@ -43,6 +44,7 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         problems = {
@@ -50,6 +52,7 @@ class Decoding:
             "temperature": not self.temperature > 0,
             "top_k": self.top_k < 0,
             "top_p": not 0 < self.top_p <= 1,
+            "min_tokens": not 0 <= self.min_tokens <= self.new_tokens,
             "beams": self.beams < 1,
             "early_stopping": self.early_stopping not in (True, False, "never"),
         }
@@ -118,6 +121,14 @@ def _is_end(tokens: jax.Array, decoding: Decoding) -> jax.Array:
     return ended
 
 
+def forbid_ends(scores: jax.Array, number: jax.Array, decoding: Decoding) -> jax.Array:
+    """Returns scores (..., V) of the next token, minus infinity for ends while `number` tokens are too few."""
+    if not decoding.min_tokens or not decoding.ends:
+        return scores
+    ends = jnp.zeros(scores.shape[-1], bool).at[jnp.asarray(decoding.ends)].set(True)
+    return jnp.where(ends & (number < decoding.min_tokens), -jnp.inf, scores)
+
+
 def decode(step: Step, cache: Any, logits: jax.Array, decoding: Decoding, key: jax.Array | None = None) -> Generated:
     """Continues rows until all have ended or `new_tokens` are written; to be called inside jit.
 
@@ -146,10 +157,11 @@ def _single(step: Step, cache: Any, logits: jax.Array, decoding: Decoding, key: 
 
     def choose(number: jax.Array, logits: jax.Array, tokens: Any, done: Any, scores: Any, lengths: Any) -> Any:
         logits = logits.astype(jnp.float32)
+        allowed = forbid_ends(logits, number, decoding)
         if decoding.sample and key is not None:
-            chosen = jax.random.categorical(jax.random.fold_in(key, number), filter_logits(logits, decoding))
+            chosen = jax.random.categorical(jax.random.fold_in(key, number), filter_logits(allowed, decoding))
         else:
-            chosen = jnp.argmax(logits, axis=-1)
+            chosen = jnp.argmax(allowed, axis=-1)
         chosen = chosen.astype(jnp.int32)
         told = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)[:, 0]
         scores = jnp.where(done, scores, scores + told)
@@ -229,6 +241,7 @@ def _beams(step: Step, cache: Any, logits: jax.Array, decoding: Decoding) -> Gen
         """Extends every beam by a token; returns also the beams that go on and their last tokens."""
         length = state.number + 1
         told = jax.nn.log_softmax(state.logits, axis=-1).reshape(rows, beams, vocabulary)
+        told = forbid_ends(told, state.number, decoding)
         total = (told + state.scores[..., None]).reshape(rows, beams * vocabulary)
         scores, places = jax.lax.top_k(total, wide)
         beam, token = places // vocabulary, (places % vocabulary).astype(jnp.int32)

@@ -13,6 +13,10 @@ import numpy as np
 from tove_jax.errors import InputError
 from tove_jax.language.decode import Decoding, Generated, decode
 from tove_jax.models.llama import Llama
+from tove_jax.models.roberta import Roberta
+
+Decoder = Llama | Roberta
+"""What can continue prompts."""
 
 
 def pad_rows(
@@ -46,13 +50,16 @@ def pad_rows(
 
 
 def generate(
-    module: Llama,
+    module: Decoder,
     params: Any,
     tokens: Any = None,
     *,
     decoding: Decoding,
     embeddings: Any = None,
     mask: Any = None,
+    pictures: Any = None,
+    pictures_mask: Any = None,
+    lora: Any = None,
     key: jax.Array | None = None,
 ) -> Generated:
     """Continues prompts; one compilation for each shape and setting.
@@ -66,6 +73,9 @@ def generate(
       embeddings: (B, T, D), in place of tokens.
       decoding: the settings.
       mask: bool (B, T), False for padding; None: there is none.
+      pictures: (B, M, Dv), picture tokens that a `Roberta` looks at; or None.
+      pictures_mask: bool (B, M), see `Roberta`.
+      lora: low-rank updates of a `Llama`, see `tove_jax.models.llama_lora`; or None.
       key: of sampling; the same key gives the same tokens.
 
     Returns:
@@ -74,39 +84,39 @@ def generate(
     Raises:
       InputError: token ids beyond the vocabulary, a prompt padded on the right, sampling without a key.
     """
-    inputs = _inputs(module, tokens, embeddings, mask)
+    inputs = _inputs(module, tokens, embeddings, mask, pictures, pictures_mask)
     for end in decoding.ends:
         if not 0 <= end < module.vocabulary:
             raise InputError(f"decoding: ends: token {end} is beyond the vocabulary of {module.vocabulary}")
     if decoding.sample and key is None:
         raise InputError("decoding: sampling needs a random key")
-    return _generate(module, params, inputs, decoding, key)
+    return _generate(module, _variables(params, lora), inputs, decoding, key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _generate(
-    module: Llama, params: Any, inputs: dict[str, jax.Array], decoding: Decoding, key: jax.Array | None
+    module: Decoder, variables: Any, inputs: dict[str, jax.Array], decoding: Decoding, key: jax.Array | None
 ) -> Generated:
-    logits, cache = _read(module, params, inputs, decoding.new_tokens)
+    logits, cache = _read(module, variables, inputs, decoding.new_tokens)
 
     def step(cache: Any, last: jax.Array) -> tuple[jax.Array, Any]:
-        result: Any = module.apply({"params": params}, last[:, None], cache=cache)
+        result: Any = module.apply(variables, last[:, None], cache=cache)
         return result[0][:, 0], result[1]["cache"]
 
     return decode(step, cache, logits, decoding, key)
 
 
-def _read(module: Llama, params: Any, inputs: dict[str, Any], room: int) -> tuple[jax.Array, Any]:
+def _read(module: Decoder, variables: Any, inputs: dict[str, Any], room: int) -> tuple[jax.Array, Any]:
     """Reads prompts; returns the logits after each, (B, V), and the cache with room for more tokens."""
     rows, length = inputs["mask"].shape
     cache = module.make_cache(rows, length + room)
     inputs = {**inputs, "cache": cache, "at": jnp.full((rows, 1), length - 1)}
-    result: Any = module.apply({"params": params}, **inputs)
+    result: Any = module.apply(variables, **inputs)
     return result[0][:, 0], result[1]["cache"]
 
 
 def rank(
-    module: Llama,
+    module: Decoder,
     params: Any,
     answers: Any,
     answers_mask: Any,
@@ -114,6 +124,9 @@ def rank(
     *,
     embeddings: Any = None,
     mask: Any = None,
+    pictures: Any = None,
+    pictures_mask: Any = None,
+    lora: Any = None,
     mean: bool = False,
 ) -> jax.Array:
     """Tells how likely each given answer is after its prompt; the prompt is read once for all its answers.
@@ -123,7 +136,7 @@ def rank(
       params: its tree.
       answers: int (B, A, T), token ids padded on the right; or (A, T), the same for every prompt.
       answers_mask: bool, of that shape, False for padding.
-      tokens, embeddings, mask: the prompts, see `generate`.
+      tokens, embeddings, mask, pictures, pictures_mask, lora: the prompts, see `generate`.
       mean: per token, so that long answers are not at a disadvantage.
 
     Returns:
@@ -132,7 +145,7 @@ def rank(
     Raises:
       InputError: as `generate`; an answer without a token, or padded on the left.
     """
-    inputs = _inputs(module, tokens, embeddings, mask)
+    inputs = _inputs(module, tokens, embeddings, mask, pictures, pictures_mask)
     answers, answers_mask = np.asarray(answers), np.asarray(answers_mask, bool)
     if answers.ndim == 2 and answers.shape == answers_mask.shape:
         answers, answers_mask = (
@@ -143,27 +156,33 @@ def rank(
     if not answers_mask[..., 0].all() or (answers_mask[..., 1:] & ~answers_mask[..., :-1]).any():
         raise InputError("answers: expected at least one token in each, and padding on the right")
     _check_ids(module, answers, "answers")
-    return _rank(module, params, inputs, jnp.asarray(answers), jnp.asarray(answers_mask), mean)
+    return _rank(module, _variables(params, lora), inputs, jnp.asarray(answers), jnp.asarray(answers_mask), mean)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _rank(
-    module: Llama, params: Any, inputs: dict[str, jax.Array], answers: jax.Array, mask: jax.Array, mean: bool
+    module: Decoder, variables: Any, inputs: dict[str, jax.Array], answers: jax.Array, mask: jax.Array, mean: bool
 ) -> jax.Array:
     rows, count, length = answers.shape
-    first, cache = _read(module, params, inputs, length - 1)
+    first, cache = _read(module, variables, inputs, length - 1)
     cache = cache.take(jnp.repeat(jnp.arange(rows), count))
     answers, mask = answers.reshape(-1, length), mask.reshape(-1, length)
     logits = jnp.repeat(first, count, axis=0)[:, None]
     if length > 1:
-        result: Any = module.apply({"params": params}, answers[:, :-1], mask=mask[:, :-1], cache=cache)
+        result: Any = module.apply(variables, answers[:, :-1], mask=mask[:, :-1], cache=cache)
         logits = jnp.concatenate([logits, result[0]], axis=1)
     told = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), answers[..., None], axis=-1)[..., 0]
     total = jnp.where(mask, told, 0.0).sum(axis=1)
     return (total / mask.sum(axis=1) if mean else total).reshape(rows, count)
 
 
-def _inputs(module: Llama, tokens: Any, embeddings: Any, mask: Any) -> dict[str, jax.Array]:
+def _variables(params: Any, lora: Any) -> dict[str, Any]:
+    return {"params": params} if lora is None else {"params": params, "lora": lora}
+
+
+def _inputs(
+    module: Decoder, tokens: Any, embeddings: Any, mask: Any, pictures: Any, pictures_mask: Any
+) -> dict[str, jax.Array]:
     if (tokens is None) == (embeddings is None):
         raise InputError("prompts: expected either tokens or embeddings")
     given = tokens if embeddings is None else embeddings
@@ -176,13 +195,22 @@ def _inputs(module: Llama, tokens: Any, embeddings: Any, mask: Any) -> dict[str,
         raise InputError(f"prompts: mask: expected {np.shape(given)[:2]}, found {mask.shape}")
     if not mask[:, -1].all():
         raise InputError("prompts: expected padding on the left, found some at the end of a row")
+    inputs = {"mask": jnp.asarray(mask)}
     if embeddings is None:
         _check_ids(module, np.asarray(tokens), "prompts")
-        return {"tokens": jnp.asarray(tokens, jnp.int32), "mask": jnp.asarray(mask)}
-    return {"embeddings": jnp.asarray(embeddings), "mask": jnp.asarray(mask)}
+        inputs["tokens"] = jnp.asarray(tokens, jnp.int32)
+    else:
+        inputs["embeddings"] = jnp.asarray(embeddings)
+    if pictures is not None or pictures_mask is not None:
+        if not isinstance(module, Roberta) or pictures is None:
+            raise InputError("prompts: pictures: expected a language model with cross-attention, and tokens for it")
+        inputs["pictures"] = jnp.asarray(pictures)
+        if pictures_mask is not None:
+            inputs["pictures_mask"] = jnp.asarray(pictures_mask, bool)
+    return inputs
 
 
-def _check_ids(module: Llama, tokens: np.ndarray, what: str) -> None:
+def _check_ids(module: Decoder, tokens: np.ndarray, what: str) -> None:
     if not np.issubdtype(tokens.dtype, np.integer):
         raise InputError(f"{what}: expected integers, found {tokens.dtype}")
     least, most = int(tokens.min(initial=0)), int(tokens.max(initial=0))

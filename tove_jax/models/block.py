@@ -8,6 +8,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from tove_jax.models.attention import Implementation, attention, attention_row_scores
 from tove_jax.models.rotary import Rotary
@@ -159,13 +160,22 @@ class Attention(nn.Module):
 
 
 class Linear(nn.Dense):
-    """A Dense whose output follows the given logical axes; adapters may read its kernel."""
+    """A Dense whose output follows the given logical axes, where there are any; adapters may read its kernel.
+
+    Where the variables ``lora`` hold ``a_kernel`` (d_in, r) and ``b_kernel`` (r, d_out) for it, ``x A B`` is added.
+    """
 
     axes: tuple[str | None, ...] = ()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns (..., features)."""
-        return constrain(super().__call__(x), self.axes)
+        y = super().__call__(x)
+        if self.has_variable("lora", "a_kernel"):
+            a: Any = self.get_variable("lora", "a_kernel")
+            b: Any = self.get_variable("lora", "b_kernel")
+            x, a, b = promote_dtype(x, a, b, dtype=self.dtype)
+            y = y + (x @ a) @ b
+        return constrain(y, self.axes) if self.axes else y
 
 
 class Mlp(nn.Module):
@@ -207,7 +217,7 @@ class Mlp(nn.Module):
         axes = ("batch", *("tokens", None)[: x.ndim - 2], "mlp")
         hidden = {"dtype": self.dtype, "kernel_init": init((2 * width) ** -0.5), "axes": axes, "use_bias": self.bias}
         first = Linear(self.mlp_width, name="fc1", **hidden)
-        second = nn.Dense(width, self.bias, dtype=self.dtype, kernel_init=init(self.out_std), name="fc2")
+        second = Linear(width, self.bias, dtype=self.dtype, kernel_init=init(self.out_std), name="fc2")
         act = ACTIVATIONS[self.activation]
         if self.adapter is not None:
             if self.gated or self.inner_norm:

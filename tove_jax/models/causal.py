@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -241,6 +241,7 @@ def run_layers(
     *,
     data: Any = None,
     cache: Cache | None = None,
+    beside: Mapping[str, Any] | None = None,
     remat: Remat = "none",
     output_wanted: bool = True,
     call: Callable[[Any], Sequence[Any]] = lambda data: (),
@@ -254,6 +255,7 @@ def run_layers(
       asked: outputs of layers that are wanted.
       data: pytree with a leading axis over layers.
       cache: is read and extended; `mask` and `used` are the caller's.
+      beside: further collections of the layers' variables by name, stacked as `stacked` is.
       remat: see `tove_jax.models.vit.VisionTransformer`.
       output_wanted: whether the last layer's output is wanted.
       call: what each layer is called with.
@@ -264,18 +266,19 @@ def run_layers(
     depth = jax.tree.leaves(stacked)[0].shape[0]
     found: dict[str, jax.Array] = {}
     numbers = jnp.arange(depth, dtype=jnp.int32)
+    variables = {"params": stacked, **(beside or {})}
     carry: Any = (x, None if cache is None else (cache.keys, cache.values))
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
-        params, number, own = layer
+        variables, number, own = layer
         x, stored = carry
         memory = None if stored is None or cache is None else Memory(stored[0], stored[1], number, cache.used)
-        result: Any = block.apply({"params": params}, x, memory, *call(own))
+        result: Any = block.apply(variables, x, memory, *call(own))
         x, memory = result
         return (x, None if memory is None else memory[:2]), None
 
     for start, stop in segments(asked, depth, output_wanted or cache is not None):
-        part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], (stacked, numbers, data))
+        part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], (variables, numbers, data))
         unroll = stop - start <= UNROLLED
         run = rematerialised(body, remat, prevent_cse=unroll)
         if stop - start > 1:

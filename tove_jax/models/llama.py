@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tove_jax.errors import InputError
 from tove_jax.models.attention import Implementation, attention
 from tove_jax.models.block import LOGICAL_AXES as BLOCK_AXES
-from tove_jax.models.block import TOKENS, Mlp, make_norm, stacked_init
+from tove_jax.models.block import TOKENS, Linear, Mlp, make_norm, stacked_init
 from tove_jax.models.causal import (
     Cache,
     Memory,
@@ -27,12 +28,20 @@ from tove_jax.models.causal import (
     visible,
 )
 from tove_jax.models.stack import Remat
-from tove_jax.parallel import constrain
+from tove_jax.parallel import constrain, map_paths
 
 LOGICAL_AXES = (
     (r"(.*/)?layers/attention/(key|value)/kernel", ("layers", "embed", "kv_heads")),
     (r"(.*/)?layers/attention/(key|value)/bias", ("layers", "kv_heads")),
     *BLOCK_AXES,
+    (r"(.*/)?layers/attention/(query|key|value)/a_kernel", ("layers", "embed", None)),
+    (r"(.*/)?layers/attention/query/b_kernel", ("layers", None, "heads")),
+    (r"(.*/)?layers/attention/(key|value)/b_kernel", ("layers", None, "kv_heads")),
+    (r"(.*/)?layers/attention/out/a_kernel", ("layers", "heads", None)),
+    (r"(.*/)?layers/mlp/(fc1|gate)/a_kernel", ("layers", "embed", None)),
+    (r"(.*/)?layers/mlp/(fc1|gate)/b_kernel", ("layers", None, "mlp")),
+    (r"(.*/)?layers/mlp/fc2/a_kernel", ("layers", "mlp", None)),
+    (r"(.*/)?layers/(attention/out|mlp/fc2)/b_kernel", ("layers", None, "embed")),
     (r"(.*/)?token_embed", ("vocab", "embed")),
     (r"(.*/)?norm/scale", ("embed",)),
     (r"(.*/)?head/kernel", ("embed", "vocab")),
@@ -72,7 +81,7 @@ class CausalAttention(nn.Module):
         def heads(name: str, count: int, axis: str) -> jax.Array:
             init = nn.initializers.normal(width**-0.5)
             size = count * self.head_width
-            y = nn.Dense(size, name in self.biases, dtype=self.dtype, kernel_init=init, name=name)(x)
+            y = Linear(size, name in self.biases, dtype=self.dtype, kernel_init=init, name=name)(x)
             return constrain(y.reshape(*y.shape[:-1], count, self.head_width), ("batch", "tokens", axis, None))
 
         query, key = heads("query", self.heads, "heads"), heads("key", self.kv_heads, "kv_heads")
@@ -84,7 +93,7 @@ class CausalAttention(nn.Module):
         open_ = mask is None
         y = attention(query, key, value, self.implementation, mask=mask, causal=open_, window=window if open_ else None)
         init = nn.initializers.normal(self.out_std)
-        out = nn.Dense(width, "out" in self.biases, dtype=self.dtype, kernel_init=init, name="out")
+        out = Linear(width, "out" in self.biases, dtype=self.dtype, kernel_init=init, name="out")
         return out(y.reshape(*x.shape[:-1], -1)), memory
 
 
@@ -142,7 +151,8 @@ class Llama(nn.Module):
         layers/attention/{key,value}/kernel (L, D, kv_heads * d)    [layers/attention/*/bias]
         layers/mlp/{gate,fc1}/kernel (L, D, F)                      layers/mlp/fc2/kernel (L, F, D)     [biases]
 
-    They are float32 when initialised, may be stored in another dtype, and are cast at use.
+    They are float32 when initialised, may be stored in another dtype, and are cast at use. Low-rank updates stand in
+    a tree of their own, given as the variables ``lora`` beside ``params`` (see `tove_jax.models.llama_lora`).
 
     Attributes:
       vocabulary: V, number of tokens.
@@ -159,6 +169,8 @@ class Llama(nn.Module):
       biases: which of ``query``, ``key``, ``value`` and ``out`` have one.
       mlp_bias: whether the MLP's linears have one.
       tied: the head is the token embedding.
+      lora_rank: rank r of the low-rank updates; 0: none can be given.
+      lora_alpha: they are multiplied by lora_alpha / lora_rank.
       dtype: compute dtype; norm statistics, softmax, rotation and logits are float32 at the least.
       attention: see `tove_jax.models.attention.choose`.
       remat: see `tove_jax.models.vit.VisionTransformer`.
@@ -178,6 +190,8 @@ class Llama(nn.Module):
     biases: tuple[str, ...] = ()
     mlp_bias: bool = False
     tied: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     dtype: Any = jnp.float32
     attention: Implementation = "auto"
     remat: Remat = "none"
@@ -266,7 +280,7 @@ class Llama(nn.Module):
         """
         shape = check_rows(self.width, tokens, embeddings, mask, cache)
         asked = parse_names(intermediates, self.depth)
-        x = constrain(self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype), TOKENS)
+        x = constrain(self.embed(tokens) if tokens is not None else jnp.asarray(embeddings, self.dtype), TOKENS)
         found: dict[str, Any] = {"embeddings": x}
         rows = place_rows(shape, mask, positions, cache)
         tables = self.rope.tables(self.head_width, rows.positions)
@@ -279,6 +293,7 @@ class Llama(nn.Module):
             asked,
             data=data,
             cache=cache,
+            beside=self._lora(),
             remat=self.remat,
             output_wanted=wanted or self.is_initializing(),
             call=call,
@@ -295,6 +310,16 @@ class Llama(nn.Module):
                 logits = self.logits(hidden)
         names = (*intermediates, "cache") if cache is not None else intermediates
         return logits, {name: found[name] for name in names}
+
+    def _lora(self) -> dict[str, Any]:
+        """Returns the layers' low-rank updates, scaled, as a collection of variables."""
+        if not self.has_variable("lora", "layers"):
+            return {}
+        if not self.lora_rank:
+            raise InputError("lora: found low-rank updates, but the model's lora_rank is 0")
+        scale = self.lora_alpha / self.lora_rank
+        layers: Any = self.get_variable("lora", "layers")
+        return {"lora": map_paths(lambda path, leaf: leaf * scale if path.endswith("b_kernel") else leaf, layers)}
 
     def _masks(self, open_: bool, rows: Rows, tables: Any) -> tuple[Any, Any]:
         """Returns what each layer is called with, as a function of its own data, and that data."""

@@ -359,7 +359,7 @@ class Roberta(nn.Module):
             raise InputError(f"tokens: expected at most {self.longest} a row, new ones among them, found {size}")
         asked = parse_names(intermediates, self.depth)
         rows = place_rows(shape, mask, positions, text)
-        x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
+        x = self.embed(tokens) if tokens is not None else jnp.asarray(embeddings, self.dtype)
         places = jnp.take(self.position_embed, rows.positions + self.position_offset, axis=0)
         x = constrain(self.embed_norm(x + (places + self.type_embed[0]).astype(self.dtype)), TOKENS)
         found: dict[str, Any] = {"embeddings": x}
@@ -410,7 +410,8 @@ class Roberta(nn.Module):
         if cache is None:
             return Pictures(tokens=tokens, mask=mask)
         cross = CrossAttention(self.width, self.heads, self._out_std, self.dtype, self.attention, parent=None)
-        keys, values = jax.vmap(lambda own: cross.apply({"params": own}, tokens, method="read"))(self.layers["cross"])
+        read: Any = jax.vmap(lambda own: cross.apply({"params": own}, tokens, method="read"))
+        keys, values = read(self.layers["cross"])
         return Pictures(keys=keys, values=values, mask=mask)
 
 
