@@ -52,3 +52,27 @@ def test_batches_are_split_over_data_and_fsdp():
 def test_constrain_is_the_identity_outside_a_mesh():
     x = np.ones((2, 3))
     assert constrain(x, ("batch", "embed")) is x
+
+
+class Fake:
+    """A device that says where it is, as far as laying out a mesh asks."""
+
+    def __init__(self, id, slice_index, platform="tpu"):
+        self.id, self.slice_index, self.platform = id, slice_index, platform
+        self.process_index, self.device_kind, self.core_on_chip = slice_index, "fake", 0
+        self.coords = (id // 2 % 2, id // 4, 0)
+
+
+def test_data_is_the_outer_axis_over_slices():
+    devices = [Fake(number, number % 2) for number in range(8)]  # the slices' devices come mixed
+    mesh = make_mesh(MeshConfig(4, 2, 1), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(slices[:, 0, 0], [0, 0, 1, 1])
+    assert (slices == slices[:, :1, :1]).all()
+    with pytest.raises(InputError, match="data = 1 is not a multiple of the 2 slices"):
+        make_mesh(MeshConfig(1, 8, 1), devices)
+
+
+def test_nodes_of_gpus_may_share_parameters():
+    devices = [Fake(number, number // 4, "gpu") for number in range(8)]
+    assert [device.id for device in make_mesh(MeshConfig(1, 8, 1), devices).devices.flat] == list(range(8))

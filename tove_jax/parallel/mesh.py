@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from tove_jax.config.schema import MeshConfig
 from tove_jax.errors import InputError
 
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Logical axis -> mesh axes, tried in order; an axis is left whole when its size does not divide.
@@ -37,7 +40,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh.
 
     Args:
-      config: sizes; one may be -1.
+      config: sizes; one may be -1. Of several TPU slices, `data` must be a multiple of their number.
       devices: all of `jax.devices()` when None.
 
     Returns:
@@ -58,7 +61,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh: data x fsdp x tensor = {config.data} x {config.fsdp} x {config.tensor} "
             f"does not make the {len(devices)} devices found"
         )
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), devices=devices, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_laid_out(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _laid_out(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Returns the devices in the mesh's shape, neighbours on the fastest links; `data` is outermost over slices."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    tpu = devices[0].platform == "tpu"
+    if sizes[0] % len(slices) and not tpu:
+        slices = {0: devices}  # nodes of GPUs, whose network carries sharded parameters too
+    if sizes[0] % len(slices):
+        raise InputError(
+            f"mesh: data = {sizes[0]} is not a multiple of the {len(slices)} slices; parameters are not split over the "
+            "network between slices"
+        )
+    inner = (sizes[0] // len(slices), *sizes[1:])
+    laid = [
+        # Splitting the axes of a torus gives more ways to lay a mesh on it.
+        mesh_utils.create_device_mesh(inner, slices[index], allow_split_physical_axes=tpu)
+        for index in sorted(slices)
+    ]
+    return np.concatenate(laid, axis=0)
 
 
 def partition_spec(
