@@ -13,8 +13,7 @@ from tove_jax.hf import llama as hf
 from tove_jax.hf.rules import flatten, to_tree, unflatten
 from tove_jax.language.decode import Decoding
 from tove_jax.language.generate import generate
-from tove_jax.models.llama import LOGICAL_AXES, abstract_params
-from tove_jax.models.llama_lora import init_lora, merge_lora
+from tove_jax.models.llama import LOGICAL_AXES, abstract_params, init_lora, merge_lora
 from tove_jax.parallel import logical_specs
 
 TOKENS = np.random.RandomState(7).randint(0, VOCABULARY, (2, 7))

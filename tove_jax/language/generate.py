@@ -75,7 +75,7 @@ def generate(
       mask: bool (B, T), False for padding; None: there is none.
       pictures: (B, M, Dv), picture tokens that a `Roberta` looks at; or None.
       pictures_mask: bool (B, M), see `Roberta`.
-      lora: low-rank updates of a `Llama`, see `tove_jax.models.llama_lora`; or None.
+      lora: low-rank updates of a `Llama`, see `Llama`; or None.
       key: of sampling; the same key gives the same tokens.
 
     Returns:
