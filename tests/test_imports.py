@@ -11,7 +11,7 @@ LEVELS = (
     {"config", "files", "parallel", "data"},
     {"models", "adapters"},
     {"methods", "experts", "hf", "language"},
-    {"train", "eval", "report", "bench"},
+    {"train", "eval", "report", "bench", "plan"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -28,9 +28,8 @@ from tove_jax.errors import InputError, nearest
 from tove_jax.experts.base import ExpertCard, ExpertFeatures
 from tove_jax.files.atomic import atomic_write_bytes
 from tove_jax.models.vit import encode
+from tove_jax.train.initial import state_builder
 from tove_jax.train.objective import DTYPES, make_student
-from tove_jax.train.optimizer import make_optimizer
-from tove_jax.train.state import TrainState, flatten, parameter_factors, split
 from tove_jax.train.step import make_step
 
 EXPERTS: dict[str, tuple[int, int, int]] = {
@@ -227,13 +226,7 @@ def _abstract(config: Config, plain: bool, batch: int) -> tuple[Any, Any, Any]:
         outputs = method.forward(student, params, pixels, batch["features"], config, key)
         return method.objective(params.get("method", {}), outputs, batch["features"], batch, config)
 
-    factors = parameter_factors(config.optim, flatten(params))
-    optimizer = make_optimizer(config.optim, config.train.steps, factors)
-
-    def build(tree: Any) -> TrainState:
-        trainable, frozen = split(tree, factors, DTYPES[config.train.dtype])
-        return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable), jnp.int32(-1))
-
+    build, optimizer = state_builder(config, params)
     state = jax.eval_shape(build, params)
     given = {
         "pixels": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8),

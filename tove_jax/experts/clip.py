@@ -135,7 +135,6 @@ def load(
     """
     from tove_jax.hf.load import load_clip, read_student
     from tove_jax.hf.rules import flatten
-    from tove_jax.models.vit import LOGICAL_AXES, from_config
 
     folder = _folder(weights)
     if dtype not in DTYPES:
@@ -144,8 +143,26 @@ def load(
     fields, params = load_clip(folder, image_size=size)
     student = StudentConfig(**fields)
     layer = _feature(student, feature)
+    digest, params = hash_arrays(flatten(params)), jax.tree.map(jnp.asarray, params)
+    return expert(_card(folder, student, weights), student, layer, params, digest, dtype)
+
+
+def expert(
+    card: ExpertCard, student: StudentConfig, layer: str, params: Any, weights_hash: str, dtype: str = "float32"
+) -> Expert:
+    """Returns the expert of given parameters, which may be shapes alone.
+
+    Args:
+      card: of it.
+      student: shape of the tower, without adapters.
+      layer: ``layers/<i>``, whose output is given.
+      params: the tower's tree.
+      weights_hash: of them.
+      dtype: compute dtype.
+    """
+    from tove_jax.models.vit import LOGICAL_AXES, from_config
+
     row = f"{layer}/attention_cls_scores"
-    card = _card(folder, student, weights)
     network = from_config(student, dtype=jnp.dtype(dtype))
     height, width = card.grid
 
@@ -161,5 +178,4 @@ def load(
             cls_scores=logs.mean(1)[:, 1:],
         )
 
-    digest, params = hash_arrays(flatten(params)), jax.tree.map(jnp.asarray, params)
-    return Expert(card, params, digest, apply, logical_axes=LOGICAL_AXES)
+    return Expert(card, params, weights_hash, apply, logical_axes=LOGICAL_AXES)

@@ -141,21 +141,15 @@ def load_online(config: Config, workdir: Path, only: Collection[str] | None = No
     """
     names = online_experts(config, only)
     chosen = chosen_experts(config)
-    experts, places, views = {}, {}, {}
-    own = as_cut(View.of_student(config.student))
+    experts = {}
     for name in names:
         options, dtype = load_options(config, workdir, name), "float32"
         if registry.takes(chosen[name], "dtype"):
             dtype = options["dtype"] = config.train.dtype
         expert = registry.load(chosen[name], **options)
-        expert = dataclasses.replace(
+        experts[name] = dataclasses.replace(
             expert, card=as_viewed(config, expert.card), params=_frozen(expert.params, np.dtype(jnp.dtype(dtype)))
         )
-        cut = as_cut(expert.card.view)
-        places[name] = STUDENT if cut == own else cut.key()
-        if cut != own:
-            views[cut.key()] = cut
-        experts[name] = expert
     manifests = {}
     measured = [name for name in names if name != "clip"] if config.features.standardize != "none" else []
     for name in measured:
@@ -168,7 +162,25 @@ def load_online(config: Config, workdir: Path, only: Collection[str] | None = No
                 "extract some pictures, or set it to 'none'"
             ) from error
         manifests[name].require(store_path(config, workdir, name), weights_hash=experts[name].weights_hash)
-    settled = {name: codecs.parse(codecs.codec_of(config.features.codec, name)) for name in names}
+    return arrange(config, experts, manifests)
+
+
+def arrange(config: Config, experts: Mapping[str, Expert], manifests: Mapping[str, Manifest]) -> Online:
+    """Returns the experts with the views that they want cut; experts of one cut share it, the student's too.
+
+    Args:
+      config: of the run.
+      experts: by name, their cards as this run views them.
+      manifests: see `Online`.
+    """
+    places, views = {}, {}
+    own = as_cut(View.of_student(config.student))
+    for name, expert in experts.items():
+        cut = as_cut(expert.card.view)
+        places[name] = STUDENT if cut == own else cut.key()
+        if cut != own:
+            views[cut.key()] = cut
+    settled = {name: codecs.parse(codecs.codec_of(config.features.codec, name)) for name in experts}
     return Online(experts, places, views, manifests, settled)
 
 

@@ -101,9 +101,19 @@ class Published:
           InputError: a size or dtype that is not possible, no such weights, or weights that do not fit.
         """
         card = self.describe(size=size, dtype=dtype)
-        side = card.view.size
-        module = self.build(side).clone(dtype=jnp.dtype(dtype))
-        params = self.read(weights, side)
+        params = self.read(weights, card.view.size)
+        return self.expert(card, jax.tree.map(jnp.asarray, params), hash_arrays(flatten(params)), dtype)
+
+    def expert(self, card: ExpertCard, params: Any, weights_hash: str, dtype: str = "float32") -> Expert:
+        """Returns the expert of given parameters, which may be shapes alone.
+
+        Args:
+          card: as `describe` gives it.
+          params: tree of the module at the card's size.
+          weights_hash: of them.
+          dtype: compute dtype.
+        """
+        module = self.build(card.view.size).clone(dtype=jnp.dtype(dtype))
 
         def bind(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
             return lambda params, pixels: function(module, params, card.view.normalize(pixels))
@@ -111,8 +121,7 @@ class Published:
         extras = {name: bind(function) for name, function in self.extras.items()}
         # Each family's module has its table of logical axes.
         axes = getattr(sys.modules[type(module).__module__], "LOGICAL_AXES", ())
-        digest, params = hash_arrays(flatten(params)), jax.tree.map(jnp.asarray, params)
-        return Expert(card, params, digest, bind(self.features), extras, axes)
+        return Expert(card, params, weights_hash, bind(self.features), extras, axes)
 
     def read(self, weights: Path | str | None = None, size: int | None = None) -> dict[str, Any]:
         """Reads published weights into the module's tree, float32.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tove_jax.parallel.sharding import replicated
 from tove_jax.train.handover import read_handover
 from tove_jax.train.merge import read_source
 from tove_jax.train.objective import DTYPES, logical_axes, make_student
+from tove_jax.train.optimizer import make_optimizer
 from tove_jax.train.state import TrainState, flatten, parameter_factors, split, unflatten
 
 # Fields of the student that its start must share.
@@ -110,6 +111,20 @@ def state_shardings(config: Config, state: TrainState, mesh: Mesh) -> TrainState
     )
 
 
+def state_builder(
+    config: Config, params: Any, make_optimizer: Callable[..., optax.GradientTransformation] = make_optimizer
+) -> tuple[Callable[[Any], TrainState], optax.GradientTransformation]:
+    """Returns what makes the state of step 0 from a nested tree like `params`, arrays or shapes; and the optimiser."""
+    factors = parameter_factors(config.optim, flatten(params))
+    optimizer = make_optimizer(config.optim, config.train.steps, factors)
+
+    def build(tree: Any) -> TrainState:
+        trainable, frozen = split(tree, factors, DTYPES[config.train.dtype])
+        return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable), jnp.int32(-1))
+
+    return build, optimizer
+
+
 def initial_state(
     config: Config, params: dict[str, Any], make_optimizer: Any, mesh: Mesh
 ) -> tuple[TrainState, TrainState, optax.GradientTransformation]:
@@ -124,12 +139,6 @@ def initial_state(
     Returns:
       The state, its shardings and the optimiser.
     """
-    factors = parameter_factors(config.optim, flatten(params))
-    optimizer = make_optimizer(config.optim, config.train.steps, factors)
-
-    def build(tree: Any) -> TrainState:
-        trainable, frozen = split(tree, factors, DTYPES[config.train.dtype])
-        return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable), jnp.int32(-1))
-
+    build, optimizer = state_builder(config, params, make_optimizer)
     shardings = state_shardings(config, jax.eval_shape(build, params), mesh)
     return jax.jit(build, out_shardings=shardings)(params), shardings, optimizer

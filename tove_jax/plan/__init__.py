@@ -1,0 +1,1 @@
+"""What a run would take on a topology, before it is paid for: memory, traffic, time."""
