@@ -296,28 +296,34 @@ def _load(
     workdir: Path, step: int | None, wanted: Callable[[str], bool]
 ) -> tuple[Config, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Returns settings, the trainable and the frozen leaves that are wanted, and the provenance with ``step``."""
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
-
-    def abstract(tree: dict[str, Any]) -> dict[str, Any]:
-        return {
-            n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding) if wanted(n) else ocp.PLACEHOLDER
-            for n, m in tree.items()
-        }
-
-    def kept(tree: dict[str, Any]) -> dict[str, Any]:
-        return {n: leaf for n, leaf in tree.items() if wanted(n)}
-
     with _opened(workdir, step) as (manager, where, step):
         config, provenance = _read_settings(manager, where, step)
-        saved = abstract(_saved_shapes(manager, where, step, "trainable"))
-        trainable = _restore(manager, where, step, trainable=ocp.args.StandardRestore(saved)).trainable
-    frozen: dict[str, Any] = {}
-    folder = where.parents[1] / "frozen"
-    if folder.is_dir():
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(folder).item_metadata.tree
-            frozen = checkpointer.restore(folder, abstract(dict(tree)))
-    return config, kept(trainable), kept(frozen), provenance
+    frozen = where.parents[1] / "frozen"
+    return (
+        config,
+        _load_part(where / "trainable", wanted),
+        _load_part(frozen, wanted) if frozen.is_dir() else {},
+        provenance,
+    )
+
+
+def _load_part(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """Reads the wanted leaves of a saved tree onto the first device; the others are not touched."""
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(folder).item_metadata.tree
+            item = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+                for name, leaf in saved.items()
+                if wanted(name)
+            }
+            options = ocp.checkpoint_utils.construct_restore_args(item)
+            args = ocp.args.PyTreeRestore(item, restore_args=options, partial_restore=True)
+            return dict(checkpointer.restore(folder, args=args)) if item else {}
+    except Exception as error:  # As in `_restore`.
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec")[0]
+        raise InputError(f"{folder}: cannot be read, truncated or damaged: {reason}") from error
 
 
 def require_finished(config: Config, found: int, run: Path, asked: int | None = None) -> None:
