@@ -19,6 +19,7 @@ COMMANDS = {
     "features": "features",
     "train": "train",
     "eval": "evaluate",
+    "ask": "ask",
     "detach": "detach",
     "merge": "merge",
     "compare": "compare",

@@ -38,6 +38,7 @@ def open_answerer(
     step: int | None = None,
     experts: Sequence[str] | None = None,
     template: str = "",
+    seed: int = 0,
     **options: Any,
 ) -> Answerer:
     """Opens a model that answers.
@@ -47,21 +48,22 @@ def open_answerer(
       step: of a run, a saved step; None: the newest.
       experts: of a ToVE run, those that are attached and run on the spot; None: all that it has attached.
       template: of the conversation; empty: that of the run, or ``v1``.
+      seed: of answers that are drawn.
       **options: of `tove_jax.hf.llava.load`.
 
     Raises:
       InputError: nothing that answers is there; an expert that the run has not attached.
     """
     if is_run(folder):
-        return _open_run(Path(folder), step, experts, template)
+        return _open_run(Path(folder), step, experts, template, seed)
     if step is not None or experts is not None:
         raise InputError(f"{folder}: --step and --experts are of runs, expected a run's folder (checkpoints)")
-    from tove_jax.language.published import open_llava
+    from tove_jax.hf.llava import open_llava
 
-    return open_llava(folder, template=template, **options)
+    return open_llava(folder, template=template, seed=seed, **options)
 
 
-def _open_run(run: Path, step: int | None, experts: Sequence[str] | None, template: str) -> Chat:
+def _open_run(run: Path, step: int | None, experts: Sequence[str] | None, template: str, seed: int) -> Chat:
     config, params, provenance = load_student(run, step)
     if config.language.kind == "none":
         raise InputError(f"{run}: expected a run with a language model, config.language.kind is 'none'")
@@ -86,7 +88,7 @@ def _open_run(run: Path, step: int | None, experts: Sequence[str] | None, templa
     language, _ = initial_language(config, model, mesh, load_language(run, step))
     see = _seeing(config, run, model, params, language)
     name = template or config.text.template
-    return Chat(model, language, tokenizer, get_template(name), see, config.text.limit, config.train.seed)
+    return Chat(model, language, tokenizer, get_template(name), see, config.text.limit, seed)
 
 
 def _seeing(config: Config, run: Path, model: LanguageModel, params: Any, language: Any) -> See:
