@@ -9,6 +9,7 @@ from tove_jax.cli.stored import of_run
 
 HELP = "judge the student's features on held-out pictures"
 TAKES_CONFIG = True
+PROCESSES = "together"
 settings = of_run
 
 
@@ -26,13 +27,18 @@ def run(args: argparse.Namespace) -> int:
     from tove_jax.errors import InputError
     from tove_jax.eval.run import evaluate_run, evaluate_runs
     from tove_jax.eval.runner import table
+    from tove_jax.parallel import together
 
     if not args.seeds:
-        print(table(evaluate_run(args.config, args.workdir, step=args.step)))
+        metrics = evaluate_run(args.config, args.workdir, step=args.step)
+        if together.is_first():
+            print(table(metrics))
         return 0
     if args.step is not None:
         raise InputError("--step: expected no step beside --seeds, which takes each run's newest")
     summary = evaluate_runs(args.config, [args.workdir, *args.seeds])
+    if not together.is_first():
+        return 0
     print(f"{summary['eval/seeds/count']} runs, mean and standard deviation:")
     for name, value in summary.items():
         if name.endswith("/mean"):

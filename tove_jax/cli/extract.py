@@ -6,6 +6,7 @@ import argparse
 
 HELP = "run the experts over the pictures and store their features; resumes, several processes share the work"
 TAKES_CONFIG = True
+PROCESSES = "alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--share",
         metavar="I/N",
         type=share,
-        help="Only shards I, I + N, ... from 0, waiting for nobody: for hosts without a common disk.",
+        default=(),
+        help="Only shards I, I + N, ... from 0, waiting for nobody: for hosts without a common disk. `process`: this "
+        "process's number and their count. When left out, processes share one disk and take what is left to do.",
     )
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
 
 
-def share(text: str) -> tuple[int, int]:
-    """Reads ``I/N``; ValueError when it is not that."""
+def share(text: str) -> tuple[int, int] | None:
+    """Reads ``I/N``, or ``process`` as None; ValueError when it is neither."""
+    if text == "process":
+        return None
     number, slash, count = text.partition("/")
     if not slash or not 0 <= int(number) < int(count):
         raise ValueError(text)
@@ -39,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
     read = methods.get(args.config.method.name).training_experts(args.config)
     only = args.experts.split(",") if args.experts else read
-    stores = extract_all(args.config, args.workdir, experts=only, progress=not args.quiet, share=args.share)
+    part = args.share or ((args.processes.index, args.processes.count) if args.share is None else None)
+    progress = not args.quiet and args.processes.index == 0
+    stores = extract_all(args.config, args.workdir, experts=only, progress=progress, share=part)
     for folders in stores.values():
         for folder in folders:
             print(folder)

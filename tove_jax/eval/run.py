@@ -17,6 +17,7 @@ from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, merge, predictors, runner
 from tove_jax.experts.computed import open_or_compute
 from tove_jax.files.atomic import atomic_write_json
+from tove_jax.parallel import together
 from tove_jax.train.checkpoint import load_student
 from tove_jax.train.initial import start_parameters
 
@@ -94,7 +95,8 @@ def evaluate_run(
     """Evaluates a run's checkpoint.
 
     Writes ``eval/`` metrics into ``<workdir>/metrics.json``, where other metrics stay, and every
-    single answer into ``<workdir>/eval/predictions.json``.
+    single answer into ``<workdir>/eval/predictions.json``. Several processes share the pictures whose features are
+    judged; the first writes.
 
     Args:
       config: evaluation settings and places, see `with_stored_settings`; None: those of the run.
@@ -151,8 +153,10 @@ def evaluate_run(
         "truth": [number[label] for label in found.truth],
         **answers,
     }
-    atomic_write_json(workdir / "eval" / "predictions.json", record, indent=None)
-    write_metrics(workdir, metrics)
+    if together.is_first():
+        atomic_write_json(workdir / "eval" / "predictions.json", record, indent=None)
+        write_metrics(workdir, metrics)
+    together.barrier("evaluated")  # the others may read what is written
     return metrics
 
 
@@ -178,7 +182,8 @@ def evaluate_runs(config: Config | None, workdirs: Sequence[Path | str]) -> dict
             raise InputError(f"{workdir}: was judged on other pictures than {first}: the spread would mean nothing")
     summary = bootstrap.over_runs([_plain(metrics) for metrics in runs])
     result = {f"eval/seeds/{name}": value for name, value in summary.items()}
-    write_metrics(first, {**runs[0], **result})
+    if together.is_first():
+        write_metrics(first, {**runs[0], **result})
     return result
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from tove_jax.config.schema import EvalConfig
 from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, feature_error, knn, probe
+from tove_jax.parallel import together
 
 TASKS = ("knn", "probe")
 
@@ -57,7 +59,7 @@ class Evaluation:
 
 
 def run_predictor(name: str, predictor: Predictor, indices: Sequence[int], batch: int) -> np.ndarray:
-    """Runs one predictor over pictures, `batch` at a time.
+    """Runs one predictor over pictures, `batch` at a time; several processes share the batches, and all get all rows.
 
     Args:
       name: of the predictor, for messages.
@@ -71,9 +73,13 @@ def run_predictor(name: str, predictor: Predictor, indices: Sequence[int], batch
     Raises:
       InputError: the predictor gives another number of rows, or values that are not finite.
     """
+    index, count = (jax.process_index(), jax.process_count()) if together.several() else (0, 1)
+    starts = range(0, len(indices), batch)
+    # A process without a batch of its own runs the first, so that it knows the width; its rows are not taken.
+    mine = list(starts)[index::count] or [0]
     parts = []
-    for start in tqdm(range(0, len(indices), batch), desc=f"features of {name}", unit="batch", leave=False):
-        wanted = [int(index) for index in indices[start : start + batch]]
+    for start in tqdm(mine, desc=f"features of {name}", unit="batch", leave=False, disable=index > 0):
+        wanted = [int(number) for number in indices[start : start + batch]]
         part = np.asarray(predictor(wanted), np.float32)
         if part.ndim != 2 or len(part) != len(wanted):
             raise InputError(f"features of {name}: expected ({len(wanted)}, D), found {part.shape}")
@@ -81,7 +87,17 @@ def run_predictor(name: str, predictor: Predictor, indices: Sequence[int], batch
             row = wanted[int(np.argmin(np.isfinite(part).all(axis=1)))]
             raise InputError(f"features of {name}: picture number {row} has values that are not finite")
         parts.append(part)
-    return np.concatenate(parts)
+    if count == 1:
+        return np.concatenate(parts)
+    gathered = together.gather_rows(np.concatenate(parts))
+    whole = np.empty((len(indices), gathered[0].shape[1]), np.float32)
+    for process, rows in enumerate(gathered):
+        taken = 0
+        for start in list(starts)[process::count]:
+            size = min(batch, len(indices) - start)
+            whole[start : start + size] = rows[taken : taken + size]
+            taken += size
+    return whole
 
 
 def _labelled(labels: Sequence[str | None], indices: Sequence[int], what: str) -> list[int]:

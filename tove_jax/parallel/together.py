@@ -7,6 +7,7 @@ that cannot go on never leaves the others in a collective. Every function does n
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ _SHOWN = 8
 
 _round = 0
 _watch: threading.Event | None = None
+
+
+class LostError(RuntimeError):
+    """Another process did not come in time."""
 
 
 def several() -> bool:
@@ -77,9 +82,10 @@ def lost(error: BaseException) -> None:
     for _ in range(int(3 * _POLL_SECONDS / 0.2)):
         _end_if_told()
         time.sleep(0.2)
-    if not isinstance(error, jax.errors.JaxRuntimeError):
-        traceback.print_exception(error)
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not isinstance(error, (jax.errors.JaxRuntimeError, LostError)):
+        traceback.print_exception(error)
+        leave(1, reason)
     print(
         f"tove: process {jax.process_index()}: stopped, perhaps since another process is gone: {reason}",
         file=sys.stderr,
@@ -156,6 +162,16 @@ def barrier(name: str, seconds: float = _WAIT_SECONDS) -> None:
         client.wait_at_barrier(_place(name), int(seconds * 1000))
 
 
+@contextlib.contextmanager
+def first_before_others(name: str) -> Iterator[None]:
+    """Lets process 0 do something, such as making a file, before the others do the same and find it done."""
+    if not is_first():
+        barrier(name)
+    yield
+    if is_first():
+        barrier(name)
+
+
 def gather_rows(array: np.ndarray) -> list[np.ndarray]:
     """Returns every process's array, (n, ...) with any n, in the order of the processes."""
     array = np.asarray(array)
@@ -187,7 +203,7 @@ def _get(key: str, milliseconds: int, what: str) -> str:
     try:
         return _client().blocking_key_value_get(key, milliseconds)
     except RuntimeError as error:
-        raise RuntimeError(f"waited {milliseconds / 1000:g} s for {what}: {str(error).splitlines()[0]}") from error
+        raise LostError(f"waited {milliseconds / 1000:g} s for {what}: {str(error).splitlines()[0]}") from error
 
 
 def _watching(stop: threading.Event) -> None:

@@ -37,6 +37,7 @@ from tove_jax.experts.online import Online, load_online
 from tove_jax.experts.run import expert_cards, open_stores, store_path
 from tove_jax.experts.store import FeatureStore
 from tove_jax.files.weights import hash_arrays
+from tove_jax.hf.start import start_folder
 from tove_jax.parallel import check_replication, make_mesh, shard_batch, together
 from tove_jax.parallel.sharding import batch_sharding, batch_share, replicated
 from tove_jax.train.checkpoint import Checkpoints, settings_of
@@ -77,6 +78,8 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
             f"config.train.batch: {config.train.batch} does not divide into accumulation "
             f"{config.train.accumulation} x {shards} shards of the batch"
         )
+    with together.first_before_others("start"):
+        start_folder(config, workdir)
     read = methods.get(config.method.name).training_experts(config)
     online = load_online(config, workdir, read)
     read = [name for name in read if name not in online.experts]
