@@ -7,14 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from tove_jax import methods
 from tove_jax.config.derive import attached_experts, detach
 from tove_jax.config.schema import Config, MergeConfig
 from tove_jax.data.picture import PictureSource
 from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, merge, predictors, runner
+from tove_jax.eval.metrics_file import is_of_features, replace_metrics
 from tove_jax.experts.computed import open_or_compute
 from tove_jax.files.atomic import atomic_write_json
 from tove_jax.parallel import together
@@ -202,20 +201,9 @@ def _plain(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def write_metrics(workdir: Path, metrics: dict[str, float]) -> None:
-    """Replaces the ``eval/`` metrics in a run's ``metrics.json``; the others stay as they are.
+    """Replaces the features' ``eval/`` metrics in a run's ``metrics.json``; the others stay as they are.
 
     Raises:
       InputError: the file there is not a JSON object, or cannot be written.
     """
-    path = workdir / "metrics.json"
-    present: dict[str, float] = {}
-    if path.exists():
-        try:
-            present = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: expected a JSON object, cannot read it: {error}") from error
-        if not isinstance(present, dict):
-            raise InputError(f"{path}: expected a JSON object, found {type(present).__name__}")
-    kept = {name: value for name, value in present.items() if not name.startswith("eval/")}
-    finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
-    atomic_write_json(path, dict(sorted({**kept, **finite}.items())))
+    replace_metrics(workdir, metrics, is_of_features)

@@ -70,6 +70,7 @@ class Task:
       new_tokens: of an answer at most.
       lettered: choices are shown with letters, and letters are ranked in their place.
       mean: rank by log-likelihood per token.
+      restrict: makes the questions of a part of them, where they refer to each other.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Task:
     new_tokens: int = 128
     lettered: bool = False
     mean: bool = False
+    restrict: Callable[[Sequence[Question]], list[Question]] | None = None
 
     def ranked(self, question: Question) -> tuple[str, ...]:
         """Returns the texts that are ranked for a question; raises InputError where there are none."""
