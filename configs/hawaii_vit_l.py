@@ -1,4 +1,4 @@
-"""HAWAII at the paper's size: CLIP ViT-L/14 at 336 pixels, MoLA of rank 32, features alone."""
+"""HAWAII at the paper's size: CLIP ViT-L/14 at 336 pixels, MoLA of rank 32, Vicuna reading its tokens."""
 
 from ml_collections import ConfigDict
 
@@ -13,13 +13,15 @@ TEACHERS = {"base": BASE, "dagger": (*BASE, "pix2struct_l"), "double_dagger": (*
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Takes ``teachers=base`` (or ``dagger``, ``double_dagger``), ``stage=1`` or ``2``, ``seed=N`` and ``smoke``.
+    """Takes ``teachers=base`` (or ``dagger``, ``double_dagger``), ``stage=1`` or ``2``, ``language``, ``seed=N`` and
+    ``smoke``.
 
-    Stage 1 trains adapters, routers and heads on 558K pictures, stage 2 everything on 665K, from the run that
-    ``--config.train.start_from`` names; learning rates and batches are LLaVA-1.5's. ``smoke`` is a tiny student
-    with stand-ins for the teachers, seconds long.
+    Stage 1 trains projector, adapters, routers and heads on 558K captions, stage 2 everything on 665K conversations,
+    whose questions the scores read, from the run that ``--config.train.start_from`` names; learning rates and batches
+    are LLaVA-1.5's. ``language`` is ``7b``, ``13b``, or ``none`` to distil features alone. ``smoke`` is a tiny student
+    with stand-ins for the teachers and a tiny language model, seconds long.
     """
-    arguments = parse_arguments(arg, teachers="base", stage=1, seed=42, smoke=False)
+    arguments = parse_arguments(arg, teachers="base", stage=1, language="7b", seed=42, smoke=False)
     if arguments.teachers not in TEACHERS:
         known = f"{nearest(arguments.teachers, TEACHERS)}; sets: {', '.join(TEACHERS)}"
         raise InputError(f"config argument teachers: no set '{arguments.teachers}'{known}")
@@ -28,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     apply(config, "paper")
     config.features.experts = TEACHERS[arguments.teachers]
     config.student.update(initialize="openai/clip-vit-large-patch14-336", remat="dots")
-    llava_stage(config, arguments.stage)
+    llava_stage(config, arguments.stage, arguments.language)
     config.train.seed = arguments.seed
     if arguments.smoke:
         smoke(config, alpha=4.0, router_width=16)

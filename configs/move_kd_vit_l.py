@@ -1,4 +1,4 @@
-"""MoVE-KD at the paper's size: CLIP ViT-L/14 at 336 pixels, MoLE of three experts of rank 32, features alone."""
+"""MoVE-KD at the paper's size: CLIP ViT-L/14 at 336 pixels, MoLE of three experts of rank 32, Vicuna reading its tokens."""
 
 from ml_collections import ConfigDict
 
@@ -14,13 +14,14 @@ TEACHERS = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Takes ``teachers=v1_0`` or ``v1_1``, ``stage=1`` or ``2``, ``preset``, ``seed=N`` and ``smoke``.
+    """Takes ``teachers=v1_0`` or ``v1_1``, ``stage=1`` or ``2``, ``preset``, ``language``, ``seed=N`` and ``smoke``.
 
-    Stage 1 trains adapters, routers and encoder adapters on 558K pictures, stage 2 everything on 665K, from the
-    run that ``--config.train.start_from`` names. ``preset`` is ``paper``, ``reference`` or ``recommended``.
-    ``smoke`` is a tiny student with stand-ins for the teachers, seconds long.
+    Stage 1 trains projector, adapters, routers and encoder adapters on 558K captions, stage 2 everything on 665K
+    conversations, from the run that ``--config.train.start_from`` names. ``language`` is ``7b``, ``13b``, or ``none``
+    to distil features alone. ``preset`` is ``paper``, ``reference`` or ``recommended``.
+    ``smoke`` is a tiny student with stand-ins for the teachers and a tiny language model, seconds long.
     """
-    arguments = parse_arguments(arg, teachers="v1_0", stage=1, preset="paper", seed=42, smoke=False)
+    arguments = parse_arguments(arg, teachers="v1_0", stage=1, preset="paper", language="7b", seed=42, smoke=False)
     if arguments.teachers not in TEACHERS:
         known = f"{nearest(arguments.teachers, TEACHERS)}; sets: {', '.join(TEACHERS)}"
         raise InputError(f"config argument teachers: no set '{arguments.teachers}'{known}")
@@ -30,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.student.update(initialize="openai/clip-vit-large-patch14-336", remat="dots")
     # The published views show different parts of a picture, so tokens of one place are compared with another's.
     config.features.views = "student" if arguments.preset == "recommended" else "published"
-    llava_stage(config, arguments.stage)
+    llava_stage(config, arguments.stage, arguments.language)
     config.train.seed = arguments.seed
     if arguments.smoke:
         smoke(config)

@@ -50,6 +50,7 @@ def text(name):
     from tove_jax.config import from_file
     from tove_jax.config.schema import MeshConfig
     from tove_jax.parallel import logical_specs, make_mesh, tree_shardings
+    from tove_jax.train.language import abstract_language
     from tove_jax.train.objective import logical_axes, make_student
     from tove_jax.train.state import flatten, parameter_factors
 
@@ -63,7 +64,10 @@ def text(name):
         extra = module.init_extra(config, cards(config), student.grid**2, key)
         return {"student": student.init(key, jnp.zeros((1, size, size, 3)))["params"], "method": extra}
 
-    shapes = flatten(jax.eval_shape(init, jax.random.key(0)))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    if (language := abstract_language(config)) is not None:
+        shapes["language"] = language[1]
+    shapes = flatten(shapes)
     factors = parameter_factors(config.optim, shapes)
     mesh = make_mesh(MeshConfig(2, 2, 2))
     shardings = tree_shardings(shapes, logical_specs(shapes, logical_axes(config), "logical axes"), mesh)

@@ -111,6 +111,7 @@ def flops(config, layers, differentiated):
     features = {name: ExpertFeatures(array(1, *grid, width)) for name, (grid, width) in FULL.items() if name in names}
     trees = [jax.eval_shape(module.init, jax.random.key(0), pixels)["params"] for module in (student, plain)]
     heads = jax.eval_shape(lambda: hawaii.init_extra(config, cards, 576, jax.random.key(0)))
+    assert heads["text"]["hidden"]["kernel"].shape == (config.language.width, 1024) == (4096, 1024)
 
     def whole(params, x, features):
         return loss_of(config, student)(params, x, features, {"mask": jnp.ones(1, bool)})[0]
@@ -142,6 +143,7 @@ def test_full_size_configs(teachers):
     assert config.student.adapter.teacher_experts == len(names) == {"base": 3}.get(teachers, 4)
     cards = {name: card(name, *FULL[name]) for name in names}
     heads = jax.eval_shape(lambda: hawaii.init_extra(config, cards, 576, jax.random.key(0)))
+    assert heads["text"]["hidden"]["kernel"].shape == (config.language.width, 1024) == (4096, 1024)
     # The spec's fused widths.
     assert heads["coarse"]["hidden"]["kernel"].shape == ({"base": 8192, "dagger": 9728}.get(teachers, 9216), 1024)
     student = vit.from_config(config.student)

@@ -28,8 +28,8 @@ from tove_jax.train.state import flatten, parameter_factors
 # The stored features are cut as published, so the second stage's padding is left out.
 SAME_VIEW = ("--config.features.views=published", "--config.student.view.fit=crop")
 FILES = {
-    "move_kd": "configs/move_kd_vit_l.py:smoke,preset=reference",
-    "hawaii": "configs/hawaii_vit_l.py:smoke",
+    "move_kd": "configs/move_kd_vit_l.py:smoke,preset=reference,language=none",
+    "hawaii": "configs/hawaii_vit_l.py:smoke,language=none",
     "tove": "configs/demo.py:smoke,method=tove",
 }
 

@@ -250,6 +250,15 @@ def initial_language(
     return unflatten(found)["language"], origins
 
 
+def abstract_language(config: Config) -> tuple[LanguageModel, dict[str, Any]] | None:
+    """Returns the modules and the shapes of `initial_language` by the settings alone; None without a language model."""
+    model = build(config, config.language.vocabulary or TOKENIZER_SIZE, read=False)
+    if model is None:
+        return None
+    key = jax.random.key(0)
+    return model, jax.eval_shape(lambda: whole(model, config.student.width, key, key))
+
+
 def whole(model: LanguageModel, student_width: int, first: jax.Array, second: jax.Array) -> dict[str, Any]:
     """Draws all language parameters, float32."""
     example = {"tokens": jnp.zeros((1, 1), jnp.int32)}
