@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.test_conversation import CASES, llama, small  # noqa: F401
 from tove_jax.data import lengths
-from tove_jax.data.conversation import TEMPLATES, encode, expand_images
+from tove_jax.data.conversation import TEMPLATES, encode, expand_images, without_pictures
 from tove_jax.data.dialogue import Dialogue, StoredDialogues
 from tove_jax.data.lengths import dialogue_lengths, picture_counts
 from tove_jax.errors import InputError
@@ -44,6 +44,9 @@ def test_lengths_are_those_of_the_encoded_rows(small, name):  # noqa: F811
         found = dialogue_lengths(DIALOGUES, template, small, picture_tokens=picture_tokens, limit=limit)
         assert found.dtype == np.int32 and found.tolist() == [len(row) for row in rows]
     bare = dialogue_lengths(DIALOGUES, template, small, picture_tokens=0, limit=1000)
+    for one, length in zip(DIALOGUES, bare, strict=True):
+        row = without_pictures(encode(one.turns, template, small, images=len(one.pictures)))
+        assert len(row.ids) == len(row.labels) == length and (row.ids >= 0).all() and not len(row.starts)
     assert (dialogue_lengths(DIALOGUES, template, small, picture_tokens=1, limit=1000) - bare).tolist() == [1, 2, 0]
     assert picture_counts(DIALOGUES).tolist() == [1, 2, 0]
 

@@ -374,6 +374,12 @@ def truncate(row: Encoded, limit: int | None) -> Encoded:
     )
 
 
+def without_pictures(row: Encoded) -> Encoded:
+    """Leaves the pictures' placeholders out, for models that see pictures beside the text and not in it."""
+    text = row.ids != IMAGE_ID
+    return dataclasses.replace(row, ids=row.ids[text], labels=row.labels[text], starts=row.starts[:0])
+
+
 def expand_images(row: Encoded, tokens: Sequence[int], limit: int | None = None) -> Encoded:
     """Repeats each picture's placeholder as often as the picture has tokens, then truncates, as LLaVA does.
 
