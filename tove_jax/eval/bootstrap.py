@@ -44,6 +44,34 @@ def bootstrap_mean(values: np.ndarray, resamples: int, *, seed: int = 0) -> Inte
     return Interval(mean, float(means.std()), float(low), float(high))
 
 
+def bootstrap_clusters(values: np.ndarray, clusters: np.ndarray, resamples: int, *, seed: int = 0) -> Interval:
+    """Bootstraps the mean of values that belong together in clusters, such as questions about one picture.
+
+    Args:
+      values: (n,); NaN does not count.
+      clusters: (n,) the cluster of each, any comparable kind.
+      resamples: samples of whole clusters drawn with replacement, as many as there are.
+      seed: of the draws.
+
+    Returns:
+      The interval; with no resamples, or nothing that counts, it is the mean alone (0 for nothing).
+    """
+    counted = ~np.isnan(np.asarray(values, np.float64))
+    values = np.asarray(values, np.float64)[counted]
+    if not len(values):
+        return Interval(0.0, 0.0, 0.0, 0.0)
+    _, number = np.unique(np.asarray(clusters)[counted], return_inverse=True)
+    sums, counts = np.bincount(number, values), np.bincount(number)
+    mean = float(values.mean())
+    if not resamples:
+        return Interval(mean, 0.0, mean, mean)
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(0, len(sums), len(sums)) for _ in range(resamples))
+    means = np.array([sums[drawn].sum() / counts[drawn].sum() for drawn in draws])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(mean, float(means.std()), float(low), float(high))
+
+
 def paired_difference(first: np.ndarray, second: np.ndarray, resamples: int, *, seed: int = 0) -> Interval:
     """Bootstraps ``mean(first - second)`` of values on the same pictures.
 

@@ -110,7 +110,7 @@ def _published(kind: str) -> Callable[[Files, Options], tuple[Any, list[Question
 
 
 def _mme(files: Files, options: Options) -> tuple[Any, list[Question]]:
-    pictures, questions = mme.read(files.path)
+    pictures, questions = mme.read(files.path, own_request=options.prompts != "llava")
     return pictures, [_reworded(question, mme.SHORT_ANSWER, options) for question in questions]
 
 
