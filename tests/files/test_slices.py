@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 
 from tove_jax.errors import InputError
 from tove_jax.files import slices
-from tove_jax.files.slices import Pending, index_arrays, write_array_files
+from tove_jax.files.slices import Held, Pending, index_arrays, write_array_files
 from tove_jax.files.weights import read_arrays
 
+GOLDENS = Path(__file__).parent.parent / "goldens" / "torch_files"
 ARRAYS = {
     "matrix": np.arange(70, dtype=np.float32).reshape(10, 7),
     "half": np.arange(24).reshape(2, 3, 4).astype(ml_dtypes.bfloat16),
@@ -84,9 +87,10 @@ def test_unsound_files(tmp_path):
         path.write_bytes(data)
         with pytest.raises(InputError, match="not a sound"):
             index_arrays(path)
-    (tmp_path / "weights.bin").write_bytes(b"x")
-    with pytest.raises(InputError, match="expected safetensors"):
-        index_arrays(tmp_path / "weights.bin")
+    for name, message in (("weights.bin", "zip container"), ("weights.npz", "expected .safetensors or .bin")):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(InputError, match=message):
+            index_arrays(tmp_path / name)
 
 
 def test_indexes(tmp_path):
@@ -125,3 +129,33 @@ def test_what_was_not_announced(tmp_path):
         write_array_files(tmp_path, {"a": Pending(np.dtype(np.float32), (3,), lambda: np.zeros(2, np.float32))})
     with pytest.raises(InputError, match="complex"):
         write_array_files(tmp_path, {"a": Pending(np.dtype(complex), (1,), lambda: np.zeros(1, complex))})
+
+
+def test_torch_files_in_parts(tmp_path):
+    """Tensors of PyTorch's container, found without reading them: equal to those read whole, in shards too."""
+    golden = GOLDENS / "contiguous.bin"
+    whole = read_arrays(golden)
+    found = index_arrays(golden)
+    assert sorted(found) == sorted(whole) == ["empty", "half", "nested.ids", "scalar", "window"]
+    for name, stored in found.items():
+        assert stored.dtype == whole[name].dtype and stored.read().tobytes() == whole[name].tobytes()
+    part = found["half"].read([slice(1, 2), slice(0, 3), slice(1, 3)])
+    np.testing.assert_array_equal(part, whole["half"][1:, :, 1:3])
+    shutil.copy(golden, tmp_path / "pytorch_model-00001-of-00001.bin")
+    places = dict.fromkeys(whole, "pytorch_model-00001-of-00001.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    assert index_arrays(tmp_path)["window"].read().tobytes() == whole["window"].tobytes()
+    for name, message in (("zip.pt", "is strided"), ("legacy.pt", "older one")):
+        with pytest.raises(InputError, match=message):
+            index_arrays(GOLDENS / name)
+    (tmp_path / "short.bin").write_bytes(golden.read_bytes()[:-30])
+    with pytest.raises(InputError, match="short.bin: damaged"):
+        index_arrays(tmp_path / "short.bin")
+
+
+def test_arrays_in_memory():
+    held = Held(ARRAYS["matrix"])
+    out = np.empty((2, 7), np.float16)
+    assert held.read([slice(3, 5)], out=out) is out and (held.dtype, held.shape) == (np.float32, (10, 7))
+    np.testing.assert_array_equal(out, ARRAYS["matrix"][3:5])
+    np.testing.assert_array_equal(held.read(), ARRAYS["matrix"])

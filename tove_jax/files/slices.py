@@ -13,13 +13,14 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from tove_jax.errors import InputError
-from tove_jax.files.weights import find_weights
+from tove_jax.files.torch_pickle import locate_tensors
+from tove_jax.files.weights import TORCH_SUFFIXES, find_weights
 
 CHUNK = 16 << 20
 """Bytes read at once."""
@@ -96,21 +97,58 @@ class Stored:
             done += found
 
 
+class Readable(Protocol):
+    """What can be read in parts: an array in a file, or one in memory."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, index: Sequence[slice] = (), *, out: np.ndarray | None = None) -> np.ndarray:
+        """See `Stored.read`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held:
+    """An array in memory, read as `Stored` is."""
+
+    array: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return self.array.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.array.shape
+
+    def read(self, index: Sequence[slice] = (), *, out: np.ndarray | None = None) -> np.ndarray:
+        """See `Stored.read`."""
+        part = self.array[tuple(index)]
+        if out is None:
+            return part
+        out[...] = part
+        return out
+
+
 def index_arrays(path: Path | str) -> dict[str, Stored]:
-    """Finds every array of a safetensors file, a folder, or an index of shards; reads headers alone.
+    """Finds every array of a file, a folder, or an index of shards; reads headers alone.
 
     Args:
-      path: ``.safetensors``, ``*.index.json`` of such, or a folder (see `tove_jax.files.weights.find_weights`).
+      path: ``.safetensors``; ``.bin``, ``.pt`` or ``.pth`` in PyTorch's zip container, of which no code is run;
+        ``*.index.json`` of such; or a folder (see `tove_jax.files.weights.find_weights`).
 
     Raises:
       InputError: nothing there, a damaged or truncated file, another format, a missing shard, a shard without
         a promised array or with one more.
     """
     path = find_weights(path)
-    if path.suffix == ".safetensors":
-        return _header(path)
-    if not path.name.endswith(".safetensors.index.json"):
-        raise InputError(f"{path}: expected safetensors (other formats cannot be read in parts; convert them first)")
+    if not path.name.endswith(".index.json"):
+        return _index_file(path)
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -121,11 +159,11 @@ def index_arrays(path: Path | str) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for shard in sorted(set(places.values())):
         file = path.parent / shard
-        if Path(shard).name != shard or file.suffix != ".safetensors":
-            raise InputError(f"{path}: shard {shard!r} is not a safetensors file beside the index")
+        if Path(shard).name != shard or file.suffix not in (".safetensors", *TORCH_SUFFIXES):
+            raise InputError(f"{path}: shard {shard!r} is not a weights file beside the index")
         if not file.is_file():
             raise InputError(f"{path}: shard {file} is missing")
-        for name, stored in _header(file).items():
+        for name, stored in _index_file(file).items():
             if places.get(name) != shard:
                 raise InputError(f"{file}: array {name!r} is not listed for it in {path.name}")
             found[name] = stored
@@ -133,6 +171,14 @@ def index_arrays(path: Path | str) -> dict[str, Stored]:
     if missing:
         raise InputError(f"{path}: array {missing[0]!r} is not in its shard {places[missing[0]]}")
     return found
+
+
+def _index_file(path: Path) -> dict[str, Stored]:
+    if path.suffix == ".safetensors":
+        return _header(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return {name: Stored(path, *where) for name, where in locate_tensors(path).items()}
+    raise InputError(f"{path}: expected .safetensors or {', '.join(TORCH_SUFFIXES)}")
 
 
 def _header(path: Path) -> dict[str, Stored]:

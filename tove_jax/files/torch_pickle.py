@@ -18,7 +18,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,15 +84,16 @@ class _Dtype:
 
 
 class _Storage:
-    """One block of bytes; filled after the pickle has been read in the older container."""
+    """One block of bytes; filled, or its place noted, after the pickle has been read."""
 
-    __slots__ = ("data", "dtype", "key", "numel")
+    __slots__ = ("data", "dtype", "key", "numel", "offset")
 
     def __init__(self, key: str, dtype: np.dtype, numel: int):
         self.key = key
         self.dtype = dtype
         self.numel = numel
         self.data: bytes | None = None
+        self.offset: int | None = None
 
 
 class _Tensor:
@@ -199,6 +200,39 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def locate_tensors(path: Path) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
+    """Finds every tensor of a PyTorch file without reading its content; names are those of `read_torch`.
+
+    Returns:
+      Name to dtype, shape and the first byte's place in the file, where the tensor lies in C order, little-endian.
+
+    Raises:
+      InputError: as `read_torch`; the older container, big-endian or strided tensors, which cannot be read in parts.
+    """
+    whole = "which cannot be read in parts; convert it to safetensors"
+    try:
+        with open(path, "rb") as stream:
+            if stream.read(4) != b"PK\x03\x04":
+                raise InputError(f"{path}: expected PyTorch's zip container, found its older one or none, {whole}")
+            stream.seek(0)
+            content, order = _read_zip(path, stream, locate=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if order != "little":
+        raise InputError(f"{path}: is big-endian, {whole}")
+
+    def locate(path: Path, name: str, tensor: _Tensor, _order: str) -> tuple[np.dtype, tuple[int, ...], int]:
+        storage = tensor.storage
+        held = storage.numel * storage.dtype.itemsize if isinstance(storage, _Storage) else 0
+        dtype, _ = _check(path, name, tensor, held)
+        steps = [math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape))]
+        if any(n > 1 and step != own for n, step, own in zip(tensor.shape, steps, tensor.strides, strict=True)):
+            raise InputError(f"{path}: tensor {name!r} is strided, {whole}")
+        return dtype, tensor.shape, storage.offset + tensor.offset * dtype.itemsize
+
+    return _named(path, content, order, locate)
+
+
 def _cut_pickle(stream: Any) -> bytes:
     """Returns the next pickle's bytes, its opcodes read through without doing anything they say.
 
@@ -230,7 +264,7 @@ def _unpickle(path: Path, stream: Any, storages: dict[str, _Storage]) -> Any:
         ) from error
 
 
-def _read_zip(path: Path, stream: BinaryIO) -> tuple[Any, str]:
+def _read_zip(path: Path, stream: BinaryIO, locate: bool = False) -> tuple[Any, str]:
     try:
         with zipfile.ZipFile(stream) as archive:
             records = {info.filename: info for info in archive.infolist()}
@@ -257,12 +291,25 @@ def _read_zip(path: Path, stream: BinaryIO) -> tuple[Any, str]:
                     raise InputError(
                         f"{path}: storage record {name} has {records[name].file_size} bytes, expected {expected}"
                     )
-                storage.data = archive.read(name)
+                if locate:
+                    storage.offset = _data_offset(path, stream, records[name])
+                else:
+                    storage.data = archive.read(name)
     except (InputError, OSError):
         raise
     except Exception as error:  # zipfile raises many kinds for one cause: a damaged archive
         raise InputError(f"{path}: damaged PyTorch archive: {type(error).__name__}: {error}") from error
     return content, order
+
+
+def _data_offset(path: Path, stream: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Returns where a stored record's bytes begin, behind its own header (APPNOTE.TXT, 4.3.7)."""
+    stream.seek(info.header_offset)
+    header = stream.read(30)
+    offset = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    if header[:4] != b"PK\x03\x04" or offset + info.file_size > os.fstat(stream.fileno()).st_size:
+        raise InputError(f"{path}: record {info.filename} does not lie where the archive says")
+    return offset
 
 
 def _read_legacy(path: Path, stream: Any) -> tuple[Any, str]:
@@ -298,12 +345,18 @@ def _read_legacy(path: Path, stream: Any) -> tuple[Any, str]:
     return content, "little" if little else "big"
 
 
-def _array(path: Path, name: str, tensor: _Tensor, order: str) -> np.ndarray:
+def _check(path: Path, name: str, tensor: _Tensor, held: int | None = None) -> tuple[np.dtype, int]:
+    """Refuses a tensor that is no window on its storage; returns its dtype and the storage's elements of that dtype.
+
+    Args:
+      path, name, tensor: see `_array`.
+      held: bytes of the storage; None: those that were read.
+    """
     storage = tensor.storage
     shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
     sound = (
         isinstance(storage, _Storage)
-        and isinstance(storage.data, bytes)
+        and (held is not None or isinstance(storage.data, bytes))
         and isinstance(shape, tuple)
         and isinstance(strides, tuple)
         and len(shape) == len(strides) <= 32
@@ -313,7 +366,7 @@ def _array(path: Path, name: str, tensor: _Tensor, order: str) -> np.ndarray:
     if not sound:
         raise InputError(f"{path}: tensor {name!r} is malformed: shape {str(shape)[:80]}, strides {str(strides)[:80]}")
     dtype = tensor.dtype or storage.dtype
-    available = len(storage.data) // dtype.itemsize
+    available = (len(storage.data) if held is None else held) // dtype.itemsize
     count = math.prod(shape)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else 0
     if (count and last >= available) or count >= 2**62:
@@ -321,9 +374,16 @@ def _array(path: Path, name: str, tensor: _Tensor, order: str) -> np.ndarray:
             f"{path}: tensor {name!r} of shape {shape}, strides {strides}, offset {offset} "
             f"reaches beyond its storage of {available} elements"
         )
+    if not count and any(size >= 2**31 for size in shape):
+        raise InputError(f"{path}: tensor {name!r} is malformed: shape {shape}")
+    return dtype, available
+
+
+def _array(path: Path, name: str, tensor: _Tensor, order: str) -> np.ndarray:
+    dtype, available = _check(path, name, tensor)
+    storage, shape, strides, offset = tensor.storage, tensor.shape, tensor.strides, tensor.offset
+    count = math.prod(shape)
     if not count:
-        if any(size >= 2**31 for size in shape):
-            raise InputError(f"{path}: tensor {name!r} is malformed: shape {shape}")
         return np.zeros(shape, dtype)
     flat = np.frombuffer(storage.data, dtype.newbyteorder(">") if order == "big" and dtype.itemsize > 1 else dtype)
     steps = tuple(stride * dtype.itemsize for stride in strides)
@@ -333,13 +393,13 @@ def _array(path: Path, name: str, tensor: _Tensor, order: str) -> np.ndarray:
     return np.array(view, dtype=dtype, order="C")
 
 
-def _named(path: Path, content: Any, order: str) -> dict[str, np.ndarray]:
+def _named(path: Path, content: Any, order: str, make: Callable[..., Any] | None = None) -> dict[str, Any]:
     if isinstance(content, Mapping) and not any(isinstance(value, _Tensor) for value in content.values()):
         for wrapper in _WRAPPERS:
             if isinstance(content.get(wrapper), Mapping):
                 content = content[wrapper]
                 break
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     visits = itertools.count()
 
     def visit(name: str, value: Any, depth: int) -> None:
@@ -350,7 +410,7 @@ def _named(path: Path, content: Any, order: str) -> dict[str, np.ndarray]:
         if isinstance(value, _Tensor):
             if name in arrays:
                 raise InputError(f"{path}: two tensors are called {name!r}")
-            arrays[name] = _array(path, name, value, order)
+            arrays[name] = (make or _array)(path, name, value, order)
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 visit(join(name, key), item, depth + 1)

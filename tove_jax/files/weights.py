@@ -20,7 +20,7 @@ _IN_FOLDER = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 def find_weights(path: Path | str) -> Path:
@@ -64,9 +64,9 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
         return _read_shards(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix in _TORCH_SUFFIXES:
+    if path.suffix in TORCH_SUFFIXES:
         return read_torch(path)
-    raise InputError(f"{path}: expected .safetensors, {', '.join(_TORCH_SUFFIXES)} or .index.json")
+    raise InputError(f"{path}: expected .safetensors, {', '.join(TORCH_SUFFIXES)} or .index.json")
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

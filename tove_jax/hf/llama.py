@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from tove_jax.errors import InputError, nearest
 from tove_jax.files.atomic import atomic_folder, atomic_write_json
-from tove_jax.files.slices import Pending, Stored, index_arrays, write_array_files
+from tove_jax.files.slices import Readable, index_arrays, write_array_files
 from tove_jax.hf.load import locate, read_json
-from tove_jax.hf.rules import Rule, check, flatten, unflatten
+from tove_jax.hf.place import pending_arrays, place_arrays
+from tove_jax.hf.rules import Rule, flatten
 from tove_jax.models.causal import Rope
 from tove_jax.models.llama import LOGICAL_AXES, Llama, abstract_params
-from tove_jax.parallel import logical_specs, tree_shardings
 
 # transformers' defaults, which a config.json may leave out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -87,7 +84,7 @@ def from_config(config: Mapping[str, Any], source: str = "config.json", **option
     Args:
       config: as transformers writes it, of any release.
       source: what it came from, for messages.
-      **options: attributes of `Llama` that it does not describe: ``dtype``, ``attention``, ``remat``.
+      **options: attributes of `Llama` that it does not describe: ``dtype``, ``attention``, ``remat``, ``lora_*``.
 
     Raises:
       InputError: another kind of model, or an option of it that is not known here.
@@ -246,7 +243,7 @@ def load(
 
 def load_params(
     module: Llama,
-    arrays: Mapping[str, Stored],
+    arrays: Mapping[str, Readable],
     *,
     rules: Sequence[Rule] | None = None,
     mesh: Mesh | None = None,
@@ -264,116 +261,10 @@ def load_params(
     """
     rules = table() if rules is None else rules
     tree = abstract_params(module)
-    leaves = flatten(tree)
-    unused = [re.escape(rule.name) for rule in rules if rule.path == "head/kernel" and rule.path not in leaves]
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    by_path = check(arrays, rules, shapes, ignore=(*IGNORED, *unused), source=source)
-    if mesh is None:
-        shardings: dict[str, Sharding] = dict.fromkeys(leaves, SingleDeviceSharding(jax.local_devices()[0]))
-    else:
-        shardings = flatten(tree_shardings(tree, logical_specs(tree, LOGICAL_AXES, "logical axes"), mesh))
-    placed = {}
-    for path, leaf in leaves.items():
-        rule = by_path[path]
-        names = list(rule.names(leaf.shape))
-        dtype = np.dtype(store or arrays[names[0]].dtype)
-        if rule.placeholders:
-            placed[path] = _place_layers([arrays[n] for n in names], rule, leaf.shape, dtype, shardings[path])
-        else:
-            placed[path] = _place(arrays[names[0]], rule.axes, leaf.shape, dtype, shardings[path])
-    return unflatten(placed)
-
-
-def _reader(
-    stored: Stored, axes: tuple[int, ...] | None, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[Any], np.ndarray]:
-    """Returns a function from slices of our array to its content; devices that hold the same share one reading."""
-    held: dict[Any, np.ndarray] = {}
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        if key not in held:
-            out = held[key] = np.empty([stop - start for start, stop, _ in key], dtype)
-            if axes is None:
-                stored.read(index, out=out)
-            else:
-                back = np.argsort(axes)
-                stored.read([index[axis] for axis in back], out=out.transpose(back))
-        return held[key]
-
-    return read
-
-
-def _place(
-    stored: Stored, axes: tuple[int, ...] | None, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding
-) -> jax.Array:
-    return jax.make_array_from_callback(shape, sharding, _reader(stored, axes, shape, dtype))
-
-
-def _place_layers(
-    layers: Sequence[Stored], rule: Rule, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding
-) -> jax.Array:
-    """Fills a stacked leaf on the devices layer by layer; the leading axis is never split."""
-    single = sharding
-    if isinstance(sharding, NamedSharding):
-        single = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    axes = None if rule.axes is None else tuple(axis - 1 for axis in rule.axes[1:])
-    whole = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    put = _putter(sharding)
-    for number, stored in enumerate(layers):
-        layer = _place(stored, axes, shape[1:], dtype, single)
-        # Waiting keeps no more than one layer's array in the host's memory.
-        whole = jax.block_until_ready(put(whole, layer, np.int32(number)))
-    return whole
-
-
-@functools.lru_cache(maxsize=64)
-def _putter(sharding: Sharding) -> Callable[..., jax.Array]:
-    def put(whole: jax.Array, layer: jax.Array, number: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(whole, layer, number, 0)
-
-    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
-
-
-def pending_arrays(params: Mapping[str, Any], rules: Sequence[Rule] | None = None) -> dict[str, Pending]:
-    """Returns every published array of a parameter tree, to be fetched from the devices when it is written.
-
-    Args:
-      params: the tree of `Llama`.
-      rules: published names <-> tree; None: `table()`.
-
-    Raises:
-      InputError: a parameter without a published name.
-    """
-    by_path = {rule.path: rule for rule in (table() if rules is None else rules)}
-    found: dict[str, Pending] = {}
-    for path, leaf in flatten(params).items():
-        if path not in by_path:
-            raise InputError(f"parameters: no published name for {path}{nearest(path, by_path)}")
-        rule = by_path[path]
-        axes = rule.axes
-        if rule.placeholders and axes is not None:
-            axes = tuple(axis - 1 for axis in axes[1:])
-        for name, index in rule.names(leaf.shape).items():
-
-            def get(leaf: Any = leaf, index: tuple[int, ...] = index, axes: Any = axes) -> np.ndarray:
-                array = _fetch(leaf[index] if index else leaf)
-                return array if axes is None else np.ascontiguousarray(array.transpose(np.argsort(axes)))
-
-            found[name] = Pending(np.dtype(leaf.dtype), rule.published_shape(leaf.shape), get)
-    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
-
-
-def _order(name: str) -> tuple[Any, ...]:
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
-
-
-def _fetch(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
+    unused = [re.escape(rule.name) for rule in rules if rule.path == "head/kernel" and "head" not in tree]
+    return place_arrays(
+        tree, arrays, rules, LOGICAL_AXES, mesh=mesh, store=store, ignore=(*IGNORED, *unused), source=source
+    )
 
 
 def export(
@@ -409,14 +300,15 @@ def export(
     ]
     if wrong:
         raise InputError(f"parameters do not fit the language model: {'; '.join(wrong[:8])}")
-    options = {"dtype": module.dtype, "attention": module.attention, "remat": module.remat}
+    names = ("dtype", "attention", "remat", "lora_rank", "lora_alpha")
+    options = {name: getattr(module, name) for name in names}
     content = dict(config if config is not None else to_config(module))
     if from_config(content, "config", **options) != module:
         raise InputError("config: describes another language model than the one to be exported")
     content.pop("torch_dtype", None)
     content["dtype"] = np.dtype(leaves["token_embed"].dtype).name
     with atomic_folder(folder) as temporary:
-        write_array_files(temporary, pending_arrays(params), shard_bytes=shard_bytes)
+        write_array_files(temporary, pending_arrays(params, table()), shard_bytes=shard_bytes)
         atomic_write_json(temporary / "config.json", content)
         if generation is not None:
             atomic_write_json(temporary / "generation_config.json", dict(generation))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _HUB_FILES = ("config.json", "preprocessor_config.json")
 
 
-def locate(folder_or_hub_id: str | Path, file: str | None = None) -> Path:
+def locate(folder_or_hub_id: str | Path, file: str | None = None, also: Sequence[str] = ()) -> Path:
     """Returns the folder; fetches it first when no such folder exists and the name is a hub id.
 
     Only here the network may be used, and only through `huggingface_hub`, whose cache and
@@ -47,6 +47,7 @@ def locate(folder_or_hub_id: str | Path, file: str | None = None) -> Path:
     Args:
       folder_or_hub_id: the folder, or the hub id.
       file: fetch this file, and the usual ones only where the hub has none of this name.
+      also: patterns of further files to fetch with the usual ones.
 
     Raises:
       InputError: neither a folder nor a hub id, or the hub cannot give it.
@@ -68,10 +69,10 @@ def locate(folder_or_hub_id: str | Path, file: str | None = None) -> Path:
             fetched = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, file]))
             if (fetched / file).is_file():
                 return fetched
-        safe = [*_HUB_FILES, "model*.safetensors", "model.safetensors.index.json"]
+        safe = [*_HUB_FILES, *also, "model*.safetensors", "model.safetensors.index.json"]
         fetched = Path(snapshot_download(name, allow_patterns=safe))
         if not any(fetched.glob("model*.safetensors")):
-            fetched = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin*"]))
+            fetched = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, *also, "pytorch_model*.bin*"]))
     except Exception as error:  # the hub client raises many kinds, some of them not exported
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{name}: no such folder, and the hub did not give it: {reason}") from error
@@ -109,7 +110,19 @@ def read_student(folder: Path) -> StudentConfig:
       InputError: another model type, activation or field that the student cannot have.
     """
     path = folder / "config.json"
-    config = read_json(path)
+    return student_of(read_json(path), path, read_view(folder / "preprocessor_config.json"))
+
+
+def student_of(config: Mapping[str, Any], path: Path, view: ViewConfig) -> StudentConfig:
+    """Reads the settings of a vision tower from its configuration.
+
+    Args:
+      config: config.json, or the part of it that a larger model has for its tower.
+      path: what it came from, for messages.
+      view: of the pictures.
+
+    Returns, raises: as `read_student`.
+    """
     kind = config.get("model_type")
     if kind == "clip":
         nested = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
@@ -141,8 +154,8 @@ def read_student(folder: Path) -> StudentConfig:
         "mlp_width": vision["intermediate_size"],
         "activation": vision["hidden_act"],
         "norm_epsilon": vision["layer_norm_eps"],
-        "feature": _read_feature(path, config.get("vision_feature_layer", -2)),
-        "view": dataclasses.asdict(_read_view(folder / "preprocessor_config.json")),
+        "feature": read_feature(path, config.get("vision_feature_layer", -2)),
+        "view": dataclasses.asdict(view),
         "adapter": adapter,
     }
     student = door.freeze(values, StudentConfig, str(path))
@@ -165,7 +178,8 @@ def _side(path: Path, name: str, value: Any) -> Any:
     return value
 
 
-def _read_view(path: Path) -> ViewConfig:
+def read_view(path: Path) -> ViewConfig:
+    """Reads how pictures are cut from preprocessor_config.json; without one CLIP's view is assumed."""
     if not path.is_file():
         return ViewConfig()
     try:
@@ -177,7 +191,7 @@ def _read_view(path: Path) -> ViewConfig:
     return ViewConfig(fit=view.fit, interpolation=view.interpolation, mean=view.mean, std=view.std)
 
 
-def _read_feature(path: Path, layer: Any) -> str:
+def read_feature(path: Path, layer: Any) -> str:
     """Returns our name of transformers' hidden state `layer`, which counts the embedding as 0."""
     if not isinstance(layer, int) or isinstance(layer, bool) or layer == 0:
         raise InputError(f"{path}: vision_feature_layer is {layer!r}, expected a number other than 0")
