@@ -150,6 +150,13 @@ def make_texts(
         cache=cache,
         progress=progress,
     )
+    full = int((lengths >= config.text.limit).sum())
+    if full and progress and not jax.process_index():
+        print(
+            f"train: {full} of {len(lengths)} conversations fill text.limit = {config.text.limit} tokens; what is beyond "
+            "it is cut, answers too",
+            file=sys.stderr,
+        )
     method = config.method
     reads = isinstance(method, HawaiiConfig) and method.instruction_width
     return Texts(

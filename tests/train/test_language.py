@@ -1,0 +1,235 @@
+"""Training with a language model: both stages, all methods, exact sums, hand-over, bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.train.conftest import overrides
+from tove_jax.config import from_file
+from tove_jax.data.conversation import IGNORED
+from tove_jax.data.tokenizer import train_tokenizer
+from tove_jax.errors import InputError
+from tove_jax.experts.run import expert_cards, extract_all
+from tove_jax.hf.load import load_clip
+from tove_jax.language.loss import next_tokens, token_losses
+from tove_jax.train.checkpoint import load_language, load_student
+from tove_jax.train.initial import initial_parameters
+from tove_jax.train.loop import train
+from tove_jax.train.metrics import read_rows
+from tove_jax.train.state import flatten
+
+ROOT = Path(__file__).parents[2]
+LANGUAGE = [
+    "--config.language.width=32",
+    "--config.language.layers=2",
+    "--config.language.heads=2",
+    "--config.language.kv_heads=1",
+    "--config.language.mlp_width=48",
+    "--config.text.limit=96",
+    "--config.train.steps=2",
+    "--config.data.held_out=0",
+    "--config.data.source=llava",
+]
+
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def talks(prepared, tmp_path_factory):
+    """A folder with LLaVA's two JSON files about the prepared pictures, features of them and of the blank one."""
+    folder = tmp_path_factory.mktemp("talks")
+    names = sorted(str(path.relative_to(prepared / "pictures")) for path in (prepared / "pictures").rglob("*.png"))[:12]
+    plain = [{"id": n, "image": name, "conversations": turns("Describe it.\n<image>", f"picture number {n}")}
+             for n, name in enumerate(names)]  # fmt: skip
+    mixed = [{"id": n, "image": name, "conversations": turns("<image>\nWhat is this?", f"thing {n % 3}", "Sure?", "Yes.")}
+             for n, name in enumerate(names[:8])]  # fmt: skip
+    mixed += [{"id": f"t{n}", "conversations": turns(f"How much is {n} and {n}?", f"It is {2 * n}.")} for n in range(4)]
+    mixed.append({"id": "two", "image": names[8:10], "conversations": turns("<image>\n<image>\nAlike?", "No.")})
+    mixed += [{"id": name, "image": [name], "conversations": turns("<image>\nWell?", "Well.")} for name in names[10:]]
+    for name, records in {"plain": plain, "mixed": mixed}.items():
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    texts = [turn["value"] for record in plain + mixed for turn in record["conversations"]]
+    train_tokenizer(texts, folder / "tokenizer", size=320)
+    shutil.copytree(prepared / "start", folder / "start")
+    extract_all(settings(prepared, folder, "mixed"), folder, progress=False)
+    return folder
+
+
+def settings(prepared, folder, file, *more, method="move_kd", arguments=""):
+    base = {"move_kd": "configs/demo.py:smoke", "tove": "configs/demo.py:smoke,method=tove"}.get(method)
+    base = base or "configs/hawaii_vit_l.py:smoke"
+    words = overrides(
+        prepared,
+        *LANGUAGE,
+        f"--config.data.path={folder / f'{file}.json'}",
+        f"--config.data.images={prepared / 'pictures'}",
+        f"--config.features.path={folder / 'features'}",
+        f"--config.text.tokenizer={folder / 'tokenizer'}",
+        f"--config.student.initialize={folder / 'start'}",
+        *more,
+        method=method,
+    )
+    return from_file(str(ROOT / base) + arguments, [w for w in words if "data.source=folder" not in w])
+
+
+STAGE_1 = ("--config.language.kind=llava", "--config.text.template=plain", "--config.text.buckets=(64, 96)",
+           "--config.optim.groups=(('.*/adapter/.*',1.0),('method/.*',1.0),('language/projector/.*',1.0),('.*',None))")  # fmt: skip
+STAGE_2 = ("--config.language.kind=llava", "--config.text.template=v1", "--config.text.limit=224", "--config.text.pictures=2",
+           "--config.optim.groups=(('.*',1.0),)")  # fmt: skip
+
+
+def on_one(config, workdir):
+    assert train(config, workdir, progress=False, devices=jax.devices()[:1]) == 0
+    return read_rows(workdir / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def first(prepared, talks, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("first")
+    rows = on_one(settings(prepared, talks, "plain", *STAGE_1), workdir)
+    return workdir, rows
+
+
+def test_stage_1_trains_projector_and_adapters_alone(first, talks):
+    workdir, rows = first
+    _, params, provenance = load_student(workdir)
+    assert "language" not in params and provenance["tokenizer"]
+    kept = load_language(workdir)
+    started = load_student(workdir, None)[1]["student"]
+    assert {path.split("/")[1] for path in kept} == {"projector", "model"}
+    _, start = load_clip(talks / "start", image_size=32)
+    for path, leaf in flatten(start).items():
+        np.testing.assert_array_equal(np.asarray(flatten(started)[path]), leaf)
+    assert rows[-1]["loss/text"] < rows[0]["loss/text"]
+    # ln of 320 tokens is 5.77: a model that knows nothing.
+    assert 4.5 < rows[0]["loss/text"] < 7 and 0 < rows[0]["text/padding"] < 1
+    assert rows[0]["loss/total"] == pytest.approx(
+        rows[0]["loss/text"] + 0.5 * rows[0]["loss/kd"] + 0.01 * rows[0]["loss/balance"], rel=1e-5
+    )
+
+
+def test_stage_2_goes_on_with_projector_adapters_and_heads(first, prepared, talks, tmp_path):
+    workdir, _ = first
+    handed, before = load_language(workdir), flatten(load_student(workdir)[1])
+    config = settings(
+        prepared, talks, "mixed", *STAGE_2, f"--config.train.start_from={workdir}", "--config.optim.lr=0",
+        "--config.train.steps=1", "--config.train.checkpoint_every=1",
+    )  # fmt: skip
+    rows = on_one(config, tmp_path / "second")
+    # A learning rate of nothing shows what the run began with.
+    after = load_language(tmp_path / "second")
+    for path, leaf in handed.items():
+        np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+    for path, leaf in flatten(load_student(tmp_path / "second")[1]).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(before[path]), err_msg=path)
+    assert np.isfinite(rows[0]["loss/total"])
+    assert load_student(tmp_path / "second")[2]["source_language"]
+
+
+def test_accumulation_and_meshes_give_the_same_step(prepared, talks, tmp_path):
+    """The text loss is a mean over tokens, whatever the micro-batches and devices that hold them."""
+    found = {}
+    for name, more in {
+        "one": (),
+        "accumulated": ("--config.train.accumulation=4",),
+        "mesh": ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+    }.items():
+        config = settings(
+            prepared, talks, "mixed", *STAGE_2, *more, "--config.train.steps=1", "--config.train.dtype=float32",
+            "--config.student.adapter.dropout=0", "--config.text.by_modality=False",
+        )  # fmt: skip
+        devices = jax.devices()[:8] if name == "mesh" else jax.devices()[:1]
+        assert train(config, tmp_path / name, progress=False, devices=devices) == 0
+        params = {**load_language(tmp_path / name), **flatten(load_student(tmp_path / name)[1])}
+        found[name] = (read_rows(tmp_path / name / "metrics.jsonl")[0], params)
+    for name in ("accumulated", "mesh"):
+        for metric in ("loss/text", "loss/kd", "loss/total", "optim/gradient_norm"):
+            assert found[name][0][metric] == pytest.approx(found["one"][0][metric], rel=2e-5), (name, metric)
+        for path, leaf in found["one"][1].items():
+            # Adam's first step is lr * sign(gradient), so an update is compared where the gradient is not rounding.
+            if path.endswith("key/bias"):  # softmax does not see it: all of its gradient is rounding
+                continue
+            difference = np.abs(np.asarray(found[name][1][path]) - np.asarray(leaf))
+            assert (difference < 1e-5).mean() > 0.99, (name, path)
+
+
+def test_hawaii_reads_the_questions(prepared, talks, tmp_path):
+    """Its scores depend on the instruction, and the text head learns from them."""
+    config = settings(
+        prepared, talks, "mixed", *STAGE_2, "--config.method.instruction_width=32",
+        "--config.method.instruction_tokens=12", method="hawaii",
+    )  # fmt: skip
+    rows = on_one(config, tmp_path / "run")
+    assert rows[-1]["loss/text"] > 0
+    trained = flatten(load_student(tmp_path / "run")[1]["method"])
+    drawn = flatten(initial_parameters(config, talks, expert_cards(config, talks))[0]["method"])
+    assert not np.array_equal(np.asarray(trained["text/out/kernel"]), np.asarray(drawn["text/out/kernel"]))
+    with pytest.raises(InputError, match="instruction_width: expected language.width 32 or 0, found 16"):
+        on_one(
+            settings(prepared, talks, "mixed", *STAGE_2, "--config.method.instruction_width=16", method="hawaii"),
+            tmp_path / "wrong",
+        )
+
+
+def test_losses_are_cross_entropy_with_smoothing():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(2, 7, 6)).astype(np.float32)
+    head = rng.normal(size=(6, 11)).astype(np.float32)
+    labels = rng.integers(0, 11, (2, 7)).astype(np.int32)
+    labels[0, :3] = labels[1, 5:] = IGNORED
+    targets = next_tokens(jnp.asarray(labels))
+    for smoothing in (0.0, 0.1):
+        for chunk in (0, 3, 7):
+            losses, right = token_losses(
+                jnp.asarray(hidden), targets, lambda x: x @ head, smoothing=smoothing, chunk=chunk
+            )
+            logits = torch.tensor(hidden @ head)[:, :-1].reshape(-1, 11)
+            wanted = torch.tensor(labels[:, 1:].astype(np.int64)).reshape(-1)
+            expected = torch.nn.functional.cross_entropy(logits, wanted, label_smoothing=smoothing)
+            learned = int((targets != IGNORED).sum())
+            np.testing.assert_allclose(losses.sum() / learned, expected, rtol=1e-5)
+            hits = (logits.argmax(-1) == wanted) & (wanted >= 0)
+            assert int(right.sum()) == int(hits.sum())
+
+
+def test_chunks_have_the_gradient_of_the_whole():
+    rng = np.random.default_rng(1)
+    hidden, head = jnp.asarray(rng.normal(size=(2, 8, 6))), jnp.asarray(rng.normal(size=(6, 9)))
+    targets = jnp.asarray(rng.integers(-1, 9, (2, 8))).at[0, 0].set(IGNORED)
+    targets = jnp.where(targets < 0, IGNORED, targets)
+
+    def total(chunk):
+        return lambda h, w: token_losses(h, targets, lambda x: x @ w, chunk=chunk)[0].sum()
+
+    for got, expected in zip(
+        jax.grad(total(3), (0, 1))(hidden, head), jax.grad(total(0), (0, 1))(hidden, head), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--config.text.pictures=1",), "expected at most 1 pictures .config.text.pictures., found 2"),
+        (("--config.text.template=chatml_",), "template: expected one of .*chatml"),
+        (("--config.language.vocabulary=64",), "has 320 tokens, the language model tells 64 apart"),
+        (("--config.text.buckets=(48,)",), "buckets: expected lengths up to text.limit 224"),
+        (("--config.language.heads=3",), "width 32, heads 3 and kv_heads 1 do not fit"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(prepared, talks, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
+        on_one(settings(prepared, talks, "mixed", *STAGE_2, *more), tmp_path)
+
+
+def test_the_caption_head_and_a_language_model_exclude_each_other(prepared, talks, tmp_path):
+    with pytest.raises(InputError, match="caption head stands in for a language model"):
+        on_one(settings(prepared, talks, "plain", *STAGE_1, method="tove"), tmp_path)
