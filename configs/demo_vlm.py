@@ -1,0 +1,44 @@
+"""`make demo-vlm`: a small language model from nothing reads a small encoder's tokens and answers about drawings.
+
+Four runs that differ in the encoder alone, each with the same conversations, steps and language model:
+
+    start      the random start of `make demo`, frozen
+    text       the same start, trained by the text loss
+    both       the same start, trained by the text loss and MoVE-KD's distillation
+    distilled  the encoder of `make demo`, frozen
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from tove_jax.config import parse_arguments
+from tove_jax.config.sweep import settings_of
+from tove_jax.errors import InputError, nearest
+
+DEMO = Path(__file__).parent / "demo.py"
+LANGUAGE = (("language/.*", 1.0),)
+FROZEN, TRAINED = ((".*", None),), (("method/.*", None), ("student/.*", 1.0))
+ENCODERS = {"start": FROZEN, "text": TRAINED, "both": TRAINED, "distilled": FROZEN}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Takes ``encoder=start`` (or ``text``, ``both``, ``distilled``), ``seed=N`` and ``smoke`` (seconds, for tests)."""
+    arguments = parse_arguments(arg, encoder="both", seed=42, smoke=False)
+    if arguments.encoder not in ENCODERS:
+        known = f"{nearest(arguments.encoder, ENCODERS)}; encoders: {', '.join(ENCODERS)}"
+        raise InputError(f"config argument encoder: no encoder '{arguments.encoder}'{known}")
+    config: ConfigDict = settings_of(DEMO, f"seed={arguments.seed}" + (",smoke" if arguments.smoke else ""))
+    config.title = f"demo_vlm_{arguments.encoder}"
+    config.data.update(source="openmoji_questions", flip=False)
+    config.text.update(template="mistral_instruct", limit=128, buckets=(96, 128), window=16)
+    config.language.update(kind="llava", vocabulary=512, width=128, layers=3, heads=4, kv_heads=4, mlp_width=384)
+    config.optim.groups = LANGUAGE + ENCODERS[arguments.encoder]
+    if arguments.encoder != "both":
+        config.method.update(kd_weight=0.0, balance_weight=0.0)
+    config.optim.lr = 1e-3
+    config.train.update(steps=300, batch=64)
+    if arguments.smoke:
+        config.language.update(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64)
+        config.train.update(steps=4, batch=8, log_every=1, checkpoint_every=2)
+    return config
