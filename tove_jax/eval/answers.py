@@ -174,8 +174,12 @@ def _answer(
             shown = [[reading[place].result() for place in question.pictures] for question in call]
             reading = coming
             if task.mode == "write":
-                texts = answerer.answer(shown, [question.prompt for question in call], decoding)
-                _check_count(task, len(texts), len(call))
+                # The last batch is filled up, so that one shape is compiled.
+                missing = len(calls[0]) - len(call)
+                prompts = [question.prompt for question in call]
+                texts = answerer.answer(shown + shown[-1:] * missing, prompts + prompts[-1:] * missing, decoding)
+                _check_count(task, len(texts), len(call) + missing)
+                texts = texts[: len(call)]
                 yield [{"id": question.id, "answer": text} for question, text in zip(call, texts, strict=True)]
                 continue
             found = []

@@ -24,7 +24,8 @@ _SPLIT = {
 }  # fmt: skip
 _ABBREVIATIONS = (
     "mr mrs ms dr prof st ave blvd rd mt jr sr gen lt capt sgt rev gov sen rep pres vs etc inc ltd co corp bros dept "
-    "est jan feb mar apr jun jul aug sep sept oct nov dec mon tues wed thurs fri ph.d cf al univ esq"
+    "est jan feb mar apr jun jul aug sep sept oct nov dec mon tues wed thurs fri ph.d cf al univ esq mlle "
+    "mme messrs assn intl"
 ).split()
 
 _CLITIC = r"(?:'(?:s|re|ve|ll|d|m)(?![^\W_]))"
@@ -37,7 +38,7 @@ _PATTERN = re.compile(
     | no\.(?=\s*\d)
     | {_LETTERS}(?:\.{_LETTERS})+(?:\.(?!\d)-?)?(?:(?<=[.-])\w+)?                   # u.s., t.v, p.m.
     | (?-i:(?<![^\W_])(?:[A-Z]\.(?=\s*[^\w\s]|\s+\w)|[a-z]\.(?!\s*[A-Z.\w])|[a-z]\.(?=\s+[a-z])))  # an initial
-    | \d{{1,2}}:\d\d(?=[ap]m\b) | \d+\.\d+(?={_LETTERS})
+    | (?<![\w/])\d+[ ]\d/\d(?![\w/]) | \d{{1,2}}:\d\d(?=[ap]m\b) | \d+\.\d+(?={_LETTERS})
     | [+-]?(?<![^\W_][+-])\d*[.,:/-]?\d+(?:[.,:/-]\d+)*(?=\s|$|{_CLITIC}|[^\w/-])   # numbers
     | '\d\ds(?![^\W_])
     | '(?:tis|twas)(?![^\W_])
@@ -65,8 +66,9 @@ def split_words(caption: str) -> list[str]:
     """
     found: list[str] = []
     for match in _PATTERN.finditer(caption.translate(_SIGNS)):
-        token = match[0].lower()
-        if token in DROPPED or token == '"':
+        # A number and its fraction are one word, with a space that does not divide it.
+        token = match[0].lower().replace(" ", "\u00a0")
+        if token in DROPPED or token == '"' or token > "\uffff":
             continue
         found.extend(_SPLIT.get(token, (_BRACKETS.get(token, token),)))
     return found
