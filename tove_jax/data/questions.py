@@ -144,7 +144,7 @@ def main_colour(image: np.ndarray) -> str | None:
         return top
     outlined = (tones.max(-1) <= _TOLERANCE).any()
     # Blends of outline and background are grey, some of them by chance like the fills.
-    if outlined and total - counts["grey"] < 0.005 * len(pixels) and counts["grey"] < 0.015 * len(pixels):
+    if outlined and total - counts["grey"] < 0.001 * len(pixels) and counts["grey"] < 0.015 * len(pixels):
         return "black"
     return None
 
@@ -214,8 +214,21 @@ def make_records(source: PictureSource, subcategories: Sequence[str], colours: S
     return records
 
 
+def _together(records: Sequence[VqaRecord]) -> dict[tuple[str, str], list[VqaRecord]]:
+    """Returns the questions of each drawing, open ones and those to be answered yes or no apart, in a drawn order."""
+    found: dict[tuple[str, str], list[VqaRecord]] = {}
+    for record in records:
+        kind = "yes_no" if record.choices == _YES_NO else "open"
+        found.setdefault((record.picture or "", kind), []).append(record)
+    for asked in found.values():
+        asked.sort(key=lambda record: hashlib.sha256(record.id.encode()).digest())
+    return found
+
+
 class OpenMojiQuestions:
-    """OpenMoji's drawings with conversations about them, one question each.
+    """OpenMoji's drawings with conversations about them: all questions about one in a row, as LLaVA-1.5 merges them.
+
+    Which question comes first is drawn by a hash of the drawing's id, so that none always follows its answer.
 
     Args:
       size: pixels a side.
@@ -223,7 +236,7 @@ class OpenMojiQuestions:
 
     Attributes:
       records: all questions.
-      dialogues: the same as conversations, in the same order.
+      dialogues: two conversations a drawing, ``<id>:open`` and ``<id>:yes_no``, of the same.
       colours: main colour of each drawing, or None.
 
     Raises:
@@ -241,14 +254,16 @@ class OpenMojiQuestions:
         self.colours = [main_colour(shown[number].image) for number in range(len(shown))]
         groups = _subcategories()
         self.records = make_records(self._pictures, [groups.get(id, "") for id in self.ids], self.colours)
-        number_of = {id: number for number, id in enumerate(self.ids)}
         self.dialogues = StoredDialogues()
-        for record in self.records:
-            turns = (
-                {"from": "human", "value": f"{IMAGE}\n{record.question}"},
-                {"from": "gpt", "value": record.answers[0]},
-            )
-            self.dialogues.append(record.id, (number_of[record.picture or ""],), turns)
+        number_of = {id: number for number, id in enumerate(self.ids)}
+        for (picture, kind), asked in _together(self.records).items():
+            turns = [
+                {"from": role, "value": value}
+                for record in asked
+                for role, value in (("human", record.question), ("gpt", record.answers[0]))
+            ]
+            turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
+            self.dialogues.append(f"{picture}:{kind}", (number_of[picture],), turns)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenMojiQuestions, self._opened
