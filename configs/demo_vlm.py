@@ -30,14 +30,14 @@ def get_config(arg: str = "") -> ConfigDict:
         raise InputError(f"config argument encoder: no encoder '{arguments.encoder}'{known}")
     config: ConfigDict = settings_of(DEMO, f"seed={arguments.seed}" + (",smoke" if arguments.smoke else ""))
     config.title = f"demo_vlm_{arguments.encoder}"
-    config.data.update(source="openmoji_questions", flip=False)
-    config.text.update(template="mistral_instruct", limit=128, buckets=(96, 128), window=16)
+    config.data.source = "openmoji_questions"
+    config.text.update(template="mistral_instruct", limit=136, buckets=(136,))
     config.language.update(kind="llava", vocabulary=512, width=128, layers=3, heads=4, kv_heads=4, mlp_width=384)
     config.optim.groups = LANGUAGE + ENCODERS[arguments.encoder]
     if arguments.encoder != "both":
         config.method.update(kd_weight=0.0, balance_weight=0.0)
     config.optim.lr = 1e-3
-    config.train.update(steps=300, batch=64)
+    config.train.update(steps=500, batch=32)
     if arguments.smoke:
         config.language.update(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64)
         config.train.update(steps=4, batch=8, log_every=1, checkpoint_every=2)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from tove_jax.config.schema import Config, HawaiiConfig
 from tove_jax.data.cache import cache_folder
-from tove_jax.data.conversation import check_tokenizer, get_template
+from tove_jax.data.conversation import IMAGE, check_tokenizer, get_template
 from tove_jax.data.dialogue import Dialogue, dialogues_of
 from tove_jax.data.lengths import dialogue_lengths
 from tove_jax.data.picture import PictureSource
@@ -109,7 +109,17 @@ def run_tokenizer(config: Config, workdir: Path, source: PictureSource, numbers:
     if name == str(own) and not own.exists():
         if not jax.process_index():
             dialogues = dialogues_of(source)
-            texts = (turn["value"] for number in numbers for turn in dialogues[number].turns)
+            template = get_template(config.text.template)
+            frames = {"human": template.question + template.reply, "gpt": ""}
+            for mark in template.tokens:
+                frames["human"] = frames["human"].replace(mark, "")
+            # The template's own words recur in every round, so they deserve pieces of their own.
+            texts = (
+                text
+                for number in numbers
+                for turn in dialogues[number].turns
+                for text in (turn["value"].replace(IMAGE, ""), frames[turn["from"]])
+            )
             train_tokenizer(texts, own, size=config.language.vocabulary or TOKENIZER_SIZE)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
