@@ -27,12 +27,12 @@ def with_stored_settings(stored: Config, config: Config | None) -> Config:
     Args:
       stored: the settings in the checkpoint; they decide student, method, experts and split.
       config: gives `eval`, and where things lie on this machine: `features.path`, `data.path`,
-        `data.images`, `data.cache`, `student.initialize`. None: everything as stored. A merge uses the
+        `data.images`, `data.annotations`, `data.cache`, `student.initialize`. None: everything as stored. A merge uses the
         features and the start of its source, so there an empty path is as stored.
     """
     if config is None:
         return stored
-    data = {name: getattr(config.data, name) for name in ("path", "images", "cache", "threads")}
+    data = {name: getattr(config.data, name) for name in ("path", "images", "annotations", "cache", "threads")}
     features, start = config.features.path, config.student.initialize
     if isinstance(stored.method, MergeConfig):
         features, start = features or stored.features.path, start or stored.student.initialize

@@ -37,6 +37,7 @@ FREE_FIELDS = (
     "features.path",
     "data.path",
     "data.images",
+    "data.annotations",
     "data.cache",
     "data.threads",
     "data.prefetch",

@@ -188,7 +188,16 @@ def _provenance(
 
 def _facts(config: Config, source: PictureSource, manifests: Mapping[str, Manifest]) -> dict[str, str]:
     """Returns what all processes of a run must have alike; where things lie may differ from machine to machine."""
-    free = ("title", "data.path", "data.images", "data.cache", "data.threads", "data.prefetch", "features.path")
+    free = (
+        "title",
+        "data.path",
+        "data.images",
+        "data.annotations",
+        "data.cache",
+        "data.threads",
+        "data.prefetch",
+        "features.path",
+    )
     ids = hashlib.sha256("\0".join(source.ids).encode()).hexdigest()
     return {
         "version": f"tove_jax {tove_jax.__version__}, jax {jax.__version__}",
