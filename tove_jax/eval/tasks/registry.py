@@ -12,7 +12,7 @@ from tove_jax.data.records import NamedPictures
 from tove_jax.data.vqa import SETS, prompt_of, read_records, split_parts
 from tove_jax.errors import InputError, nearest
 from tove_jax.eval.metrics_file import FEATURES
-from tove_jax.eval.tasks import captions, letters, mmbench, mme, vqa, yes_no
+from tove_jax.eval.tasks import captions, held_out, letters, mmbench, mme, vqa, yes_no
 from tove_jax.eval.tasks.base import Mode, Question, Scorer, Task
 
 
@@ -140,6 +140,11 @@ def _classes(files: Files, options: Options) -> tuple[Any, list[Question]]:
     return source, captions.class_questions(source, prompt, options.class_text)
 
 
+def _held_out(files: Files, options: Options) -> tuple[Any, list[Question]]:
+    source, found = held_out.read(files.path)
+    return source, [dataclasses.replace(one, prompt=asked(one.prompt, "", options.prompts)) for one in found]
+
+
 _ONE_PATH = "PATH"
 KINDS: Mapping[str, Kind] = {
     "vqav2": Kind(_published("vqav2"), vqa.score_vqav2),
@@ -160,6 +165,7 @@ KINDS: Mapping[str, Kind] = {
         mode="rank",
         restrict=captions.among_themselves,
     ),
+    "held_out": Kind(_held_out, vqa.score_exact, "RUN", new_tokens=32),
     "zeroshot": Kind(_classes, captions.score_classes, _ONE_PATH, mode="rank"),
 }
 """By name; `docs/evaluation.md` says which files each reads."""

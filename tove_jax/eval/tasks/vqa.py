@@ -69,6 +69,11 @@ def score_challenge(questions: Sequence[Question], answers: Sequence[str]) -> Sc
     return _mean(challenge_accuracy, questions, answers)
 
 
+def score_exact(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    """``accuracy`` by exact match, as GQA counts it, over all and by group."""
+    return _mean(exact_match, questions, answers)
+
+
 def score_gqa(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     """``accuracy``, by structural type, and over ``accuracy/binary`` and ``accuracy/open`` ones."""
     found = _mean(exact_match, questions, answers)
