@@ -67,15 +67,15 @@ def test_an_interval_counts_pictures_and_not_questions(tmp_path):
             return ["maybe" if self._name(p) == "red" else a for p, a in zip(pictures, super().answer(
                 pictures, prompts, decoding), strict=True)]  # fmt: skip
 
-    found = evaluate(task, tmp_path, Half(), resamples=1000).metrics
+    found = evaluate(task, tmp_path, Half(), resamples=200).metrics
     assert found["accuracy"] == pytest.approx(5 / 6)  # "maybe" has no no: POPE reads a yes
     values, one = np.array([1, 0, 1, 1, 1, 1.0]), np.array([0, 0, 1, 1, 2, 2])
     from tove_jax.eval.bootstrap import bootstrap_clusters, bootstrap_mean
 
-    assert found["accuracy_std"] == pytest.approx(bootstrap_clusters(values, one, 1000).std)
+    assert found["accuracy_std"] == pytest.approx(bootstrap_clusters(values, one, 200).std)
     both = np.repeat([0.0, 1.0, 1.0, 0.0], 2)
-    pairs = bootstrap_clusters(both, np.repeat(np.arange(4), 2), 2000).std
-    assert pairs == pytest.approx(np.sqrt(2) * bootstrap_mean(both, 2000).std, rel=0.1)
+    pairs = bootstrap_clusters(both, np.repeat(np.arange(4), 2), 800).std
+    assert pairs == pytest.approx(np.sqrt(2) * bootstrap_mean(both, 800).std, rel=0.1)
 
 
 def test_what_is_answered_is_not_asked_again(task, tmp_path):
