@@ -51,6 +51,8 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # TPU's compiler alone, for `tove plan` without a TPU; ordinary runs warn with it, so in its own environment.
+        "plan": ["libtpu>=0.0.52"],
         "torch": TORCH,
         "demo": DEMO,
         "eval": EVAL,

@@ -23,6 +23,7 @@ COMMANDS = {
     "detach": "detach",
     "merge": "merge",
     "compare": "compare",
+    "plan": "plan",
     "export": "export",
     "verify": "verify",
     "import": "import_",

@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tove_jax import methods
-from tove_jax.config.schema import Config, MergeConfig, ToVEConfig
+from tove_jax.config.schema import Config, HawaiiConfig, MergeConfig, ToVEConfig
+from tove_jax.data.texts import bucket_lengths
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts import clip, codecs, registry
-from tove_jax.experts.base import Expert, ExpertCard
+from tove_jax.experts.base import ExpertCard
 from tove_jax.experts.manifest import Manifest, describe
 from tove_jax.experts.online import Online, arrange, online_experts
 from tove_jax.experts.run import as_stored, as_viewed, chosen_experts
@@ -26,7 +27,8 @@ from tove_jax.models.vit import from_config
 from tove_jax.parallel import check_replication, map_paths
 from tove_jax.parallel.sharding import batch_sharding, replicated
 from tove_jax.train.initial import state_builder, state_shardings
-from tove_jax.train.objective import make_loss, make_student
+from tove_jax.train.language import abstract_language
+from tove_jax.train.objective import DTYPES, make_loss, make_student, weigh_text
 from tove_jax.train.state import TrainState
 from tove_jax.train.step import make_step
 
@@ -47,11 +49,12 @@ class AbstractRun(NamedTuple):
     online: Online
 
 
-def abstract_run(config: Config) -> AbstractRun:
+def abstract_run(config: Config, length: int | None = None) -> AbstractRun:
     """Returns the step that training would run, from shapes alone.
 
     Args:
       config: a whole run's settings; no file that they name is read, and shapes are those of the settings.
+      length: tokens of a row of text; None: the longest that the settings allow.
 
     Raises:
       InputError: settings that do not fit each other; a merge, whose shapes another run's folder decides; an
@@ -65,14 +68,18 @@ def abstract_run(config: Config) -> AbstractRun:
     online = abstract_online(config, read)
     stored = {name: abstract_manifest(config, cards[name]) for name in read if name not in online.experts}
     params = abstract_parameters(config, cards)
+    side = abstract_language(config)
+    if side is not None:
+        params["language"] = side[1]
     build, optimizer = state_builder(config, params)
     state = jax.eval_shape(build, params)
-    step = make_step(config, make_loss(config, stored | dict(online.manifests)), optimizer, online.prepare)
-    return AbstractRun(step, state, abstract_batch(config, stored, online), online.params, online)
+    loss = make_loss(config, stored | dict(online.manifests), None if side is None else side[0])
+    step = make_step(config, loss, optimizer, online.prepare, None if side is None else weigh_text)
+    return AbstractRun(step, state, abstract_batch(config, stored, online, length), online.params, online)
 
 
 def abstract_parameters(config: Config, cards: Mapping[str, ExpertCard]) -> dict[str, Any]:
-    """Returns the shapes of `tove_jax.train.initial.initial_parameters`."""
+    """Returns the shapes of `tove_jax.train.initial.initial_parameters`, which leaves the language model out."""
     student, size, key = make_student(config), config.student.image_size, jax.random.key(0)
     pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     method = methods.get(config.method.name)
@@ -126,8 +133,6 @@ def abstract_online(config: Config, read: Any) -> Online:
     Raises:
       InputError: one whose weights come in a package and have no published row.
     """
-    from tove_jax.train.objective import DTYPES
-
     rows = {row.card.name: row for family in registry.FAMILIES for row in family.ROWS}
     chosen, experts = chosen_experts(config), {}
     cards = abstract_cards(config)
@@ -148,12 +153,22 @@ def abstract_online(config: Config, read: Any) -> Online:
     return arrange(config, experts, {})
 
 
-def abstract_batch(config: Config, stored: Mapping[str, Manifest], online: Online) -> dict[str, Any]:
-    """Returns the shapes of what `tove_jax.data.loader` gives, of the global batch."""
-    batch, size = config.train.batch, config.student.image_size
+def abstract_batch(
+    config: Config, stored: Mapping[str, Manifest], online: Online, length: int | None = None
+) -> dict[str, Any]:
+    """Returns the shapes of what `tove_jax.data.loader` gives, of the global batch.
+
+    Raises:
+      InputError: a length that is no bucket's.
+    """
+    size = config.student.image_size
+    text = config.language.kind != "none"
+    batch: tuple[int, ...] = (config.train.batch,)
+    if text and config.text.pictures > 1:
+        batch = (*batch, config.text.pictures)
 
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+        return jax.ShapeDtypeStruct((*batch, *shape), dtype)
 
     given: dict[str, Any] = {
         "pixels": rows((size, size, 3), np.uint8),
@@ -171,7 +186,28 @@ def abstract_batch(config: Config, stored: Mapping[str, Manifest], online: Onlin
     if isinstance(config.method, ToVEConfig) and config.method.text_weight:
         given["captions"] = rows((config.method.caption_words,), np.int32)
         given["caption_mask"] = rows((config.method.caption_words,), bool)
-    return given
+    return given | ({"text": abstract_text(config, length)} if text else {})
+
+
+def abstract_text(config: Config, length: int | None = None) -> dict[str, Any]:
+    """Returns the shapes of what `tove_jax.data.texts.Texts.arrays` gives, of the global batch.
+
+    Raises:
+      InputError: a length that is no bucket's.
+    """
+    lengths = bucket_lengths(config.text)
+    if length is not None and length not in lengths:
+        raise InputError(f"--length {length}: expected one of the lengths that batches are padded to, {lengths}")
+    method, rows = config.method, config.train.batch
+    shape = (rows, length or lengths[-1])
+    found = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in ("input_ids", "labels")}
+    found["attention_mask"] = jax.ShapeDtypeStruct(shape, bool)
+    if config.text.pack:
+        found["segments"] = jax.ShapeDtypeStruct(shape, np.int32)
+    found["dialogue"] = jax.ShapeDtypeStruct((rows,), np.int32)
+    if isinstance(method, HawaiiConfig) and method.instruction_width:
+        found["instruction"] = jax.ShapeDtypeStruct((rows, method.instruction_tokens), np.int32)
+    return found
 
 
 def on_mesh(config: Config, run: AbstractRun, mesh: Mesh) -> tuple[Any, Any, Any]:

@@ -49,22 +49,53 @@ class Collective:
         return self.bytes * share
 
 
-def collectives(program: Program, devices: int, seconds: Seconds, *, scattered: bool = False) -> list[Collective]:
+def collectives(
+    program: Program, devices: int, seconds: Seconds, *, slices: int = 1, scattered: bool = False
+) -> list[Collective]:
     """Returns all collectives of more than one device.
 
     TPUs' compiler writes an asynchronous collective as fusions that start it, carry it beside other work and end
-    it; all bear the collective with one channel, and are counted as one.
+    it; all bear the collective with one channel, and are counted as one. Between slices it writes transfers to the
+    host's runtime; such a one is between devices of the same place in each slice.
 
     Args:
       program: compiled and scheduled.
       devices: of the mesh.
       seconds: roofline time of an instruction.
+      slices: of equal numbers of devices, one after another.
       scattered: count an all-reduce of which only a slice is read as the reduce-scatter that other compilers make
         of it.
     """
     found = []
     for computation, times in program.runs():
         found += _of_computation(program, computation, times, devices, seconds, scattered)
+        found += _between_slices(computation, times, devices, seconds, slices)
+    return found
+
+
+def _between_slices(where: Computation, times: float, devices: int, seconds: Seconds, slices: int) -> list[Collective]:
+    spans: dict[str, list[int]] = {}
+    sent: dict[str, Instruction] = {}
+    met: dict[str, str] = {}
+    for place, one in enumerate(where.instructions):
+        named = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', one.rest)
+        if one.opcode == "send" and named:
+            sent[named[1]] = one
+            spans.setdefault(named[1], []).append(place)
+        elif one.opcode == "recv" and named:
+            met[one.name] = named[1]
+        elif one.opcode == "recv-done" and one.operands[0] in met:
+            spans.setdefault(met[one.operands[0]], []).append(place)
+    group = tuple(range(0, devices, max(1, devices // slices)))
+    found = []
+    for name, one in sent.items():
+        first, last = min(spans[name]), max(spans[name])
+        cover = sum(seconds(where, where.instructions[place]) for place in range(first + 1, last))
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
+        spelt = kind[1].lower().replace("_", "-") if kind else ""
+        spelt = spelt if spelt in KINDS else "collective-permute"
+        size = one.shapes[0].bytes * (len(group) if spelt == "all-gather" else 1)
+        found.append(Collective(spelt, size, group, times, last > first + 1, cover, _label(one)))
     return found
 
 

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tove_jax.errors import InputError
+from tove_jax.plan.hlo import Program
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "plan"
+
+
+def counted(program):
+    return sum(times * program.flops(where, one) for where, times in program.runs() for one in where.instructions)
+
+
+def compiled(function, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*arrays).compile()
+
+
+def run_layers(x, weights, unroll):
+    def body(x, w):
+        return jnp.tanh(x @ w[0]) @ w[1], None
+
+    return jnp.square(jax.lax.scan(body, x, weights, unroll=unroll)[0]).sum()
+
+
+def test_a_scanned_loop_counts_as_often_as_it_runs():
+    shapes = ((16, 32), (5, 32, 64), (5, 64, 32))
+    step = lambda unroll: jax.grad(lambda x, a, b: run_layers(x, (a, b), unroll), argnums=(0, 1, 2))
+    scanned, unrolled = compiled(step(1), *shapes), compiled(step(5), *shapes)
+    program = Program(scanned.as_text())
+    assert any(times == 5 for _, times in program.runs())
+    products = 6 * 5 * 2 * 16 * 32 * 64
+    assert counted(program) == counted(Program(unrolled.as_text())) == products
+    # The compiler counts elementwise operations too, and the scanned body once.
+    assert products <= unrolled.cost_analysis()["flops"] < 1.1 * products
+    assert scanned.cost_analysis()["flops"] < 0.5 * products
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_strides": (1, 1), "padding": "SAME"},
+        {"window_strides": (2, 3), "padding": ((1, 2), (0, 1))},
+        {"window_strides": (1, 1), "padding": ((2, 2), (2, 2)), "lhs_dilation": (2, 2)},
+        {"window_strides": (1, 1), "padding": "VALID", "rhs_dilation": (2, 1)},
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4},
+    ],
+)
+def test_convolutions_count_what_meets_the_input(options):
+    inner = 8 // options.get("feature_group_count", 1)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, dimension_numbers=numbers, **options)
+    found = compiled(convolve, (2, 9, 11, 8), (3, 3, inner, 12))
+    assert counted(Program(found.as_text())) == pytest.approx(found.cost_analysis()["flops"], rel=1e-6)
+
+
+def test_slices_of_a_stacked_array_count_as_slices():
+    def pick(stack):
+        return jax.lax.scan(lambda total, row: (total + row.sum(), None), 0.0, stack)[0]
+
+    program = Program(compiled(pick, (64, 256)).as_text())
+    moved = sum(times * program.bytes(where, one) for where, times in program.runs() for one in where.instructions)
+    whole = 64 * 256 * 4
+    assert whole <= moved < 4 * whole  # not 64 times
+
+
+@pytest.mark.parametrize("name", ["one_slice", "two_slices"])
+def test_programs_for_tpus(name):
+    program = Program((GOLDENS / f"v5e_2x2_{name}.hlo").read_text())
+    # Two products forward, the first of them again, four backward; one layer's loop is peeled over two slices.
+    assert counted(program) == 6 * 7 * 2 * 64 * 1024 * 2048
+
+
+def test_what_is_not_a_program_is_refused():
+    with pytest.raises(InputError, match="none with an entry"):
+        Program("HloModule empty\n")
+    text = (GOLDENS / "v5e_2x2_one_slice.hlo").read_text().replace("direction=LT", "direction=NE")
+    with pytest.raises(InputError, match="the length of loop .* is not known"):
+        counted(Program(text))
