@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from tove_jax.config.schema import StudentConfig
 from tove_jax.errors import InputError
 from tove_jax.hf.rules import Rule
 
+Array = TypeVar("Array")
 _LAYER = "encoder.layers.{layer}."
 _MATRIX = (0, 2, 1)  # (layer, out, in) -> (layer, in, out)
 
@@ -149,7 +150,7 @@ def shapes(student: StudentConfig) -> dict[str, tuple[int, ...]]:
     return result
 
 
-def canonical(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> dict[str, np.ndarray]:
+def canonical(arrays: Mapping[str, Array], source: str = "arrays") -> dict[str, Array]:
     """Brings the names of a CLIP vision tower to their canonical spelling.
 
     Whatever stands before ``encoder.layers.`` (``vision_model.``, ``model.vision_tower.vision_model.``, ...)
@@ -157,7 +158,7 @@ def canonical(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> dict[
     the caller to ignore or refuse.
 
     Args:
-      arrays: published name to array.
+      arrays: published name to array, or to what tells of one.
       source: what they came from, for messages.
 
     Returns:
@@ -179,7 +180,7 @@ def canonical(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> dict[
             f"it holds {len(arrays)} arrays: {some}{', ...' if len(arrays) > 4 else ''}"
         )
     prefix = prefixes.pop()
-    renamed: dict[str, np.ndarray] = {}
+    renamed: dict[str, Array] = {}
     for name, array in arrays.items():
         new = name.removeprefix(prefix).replace(".mlp.original_module.", ".mlp.")
         if new in renamed:
@@ -188,7 +189,7 @@ def canonical(arrays: Mapping[str, np.ndarray], source: str = "arrays") -> dict[
     return renamed
 
 
-def released(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def released(arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Brings canonical names to those of MoVE-KD's released adapter file (``mole_encoder.bin``)."""
     return {re.sub(r"\.mlp\.(fc[12])\.", r".mlp.original_module.\1.", name): a for name, a in arrays.items()}
 
