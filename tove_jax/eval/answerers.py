@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from tove_jax.data.conversation import get_template
 from tove_jax.data.tokenizer import load_tokenizer
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
-from tove_jax.experts.online import load_online
-from tove_jax.experts.run import standardized
+from tove_jax.experts import codecs, registry
+from tove_jax.experts.base import ExpertFeatures
+from tove_jax.experts.run import as_viewed, chosen_experts, load_options, open_stores, standardized
+from tove_jax.experts.runner import Runner
 from tove_jax.language.answer import Answerer
 from tove_jax.language.chat import Chat, See
 from tove_jax.language.model import LanguageModel, tokenizer_source
@@ -86,27 +88,23 @@ def _open_run(run: Path, step: int | None, experts: Sequence[str] | None, templa
         )
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=1, tensor=1), jax.local_devices()[:1])
     language, _ = initial_language(config, model, mesh, load_language(run, step))
-    see = _seeing(config, run, model, params, language)
+    see = _seeing(config, run, provenance, model, params, language)
     name = template or config.text.template
     return Chat(model, language, tokenizer, get_template(name), see, config.text.limit, seed)
 
 
-def _seeing(config: Config, run: Path, model: LanguageModel, params: Any, language: Any) -> See:
+def _seeing(
+    config: Config, run: Path, provenance: Mapping[str, Any], model: LanguageModel, params: Any, language: Any
+) -> See:
     """Returns what turns pictures into the decoder's tokens: the deployed encoder, its experts, the projector."""
     method = methods.get(config.method.name)
     student, view = vit.from_config(config.student, dtype=model.decoder.dtype), View.of_student(config.student)
-    names = method.deployed_experts(config)
-    every = dataclasses.replace(config, features=dataclasses.replace(config.features, online=("all",)))
-    online = load_online(every, run, names)
+    experts = [_Expert(config, run, name, provenance) for name in method.deployed_experts(config)]
 
     @jax.jit
-    def tokens(params: Any, language: Any, experts: Any, batch: Any) -> jax.Array:
-        prepared = online.prepare(experts, batch)
-        features = {
-            name: standardized(config, name, online.manifests[name], found) if name in online.manifests else found
-            for name, found in prepared["features"].items()
-        }
-        found = method.tokens(student, params, view.normalize(batch["pixels"]), features, config)
+    def tokens(params: Any, language: Any, pixels: jax.Array, features: Any) -> jax.Array:
+        shown = {one.name: one.settled(config, features[one.name]) for one in experts}
+        found = method.tokens(student, params, view.normalize(pixels), shown, config)
         return model.project(language, found).astype(jnp.float32)
 
     def see(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -116,12 +114,38 @@ def _seeing(config: Config, run: Path, model: LanguageModel, params: Any, langua
             # One picture, or filled up: two shapes are compiled.
             size = 1 if len(part) == 1 else _SEEN_AT_ONCE
             filled = part + part[-1:] * (size - len(part))
-            batch = {
-                "pixels": np.stack([view.cut(picture) for picture in filled]),
-                "views": {key: np.stack([shown.cut(p) for p in filled]) for key, shown in online.views.items()},
-                "features": {},
-            }
-            found += list(np.asarray(tokens(params, language, online.params, batch))[: len(part)])
+            pixels = np.stack([view.cut(picture) for picture in filled])
+            features = {one.name: one.see(filled) for one in experts}
+            found += list(np.asarray(tokens(params, language, pixels, features))[: len(part)])
         return found
 
     return see
+
+
+class _Expert:
+    """An expert of a run that runs on the spot, on whatever device it runs on."""
+
+    def __init__(self, config: Config, run: Path, name: str, provenance: Mapping[str, Any]) -> None:
+        loaded = registry.load(chosen_experts(config)[name], **load_options(config, run, name))
+        expected = provenance.get(f"expert/{name}", loaded.weights_hash)
+        if loaded.weights_hash != expected:
+            raise InputError(
+                f"expert '{name}': {run} was trained with weights {expected}, those at hand are {loaded.weights_hash}"
+            )
+        self.name = name
+        self._runner = Runner(dataclasses.replace(loaded, card=as_viewed(config, loaded.card)))
+        self._codec = codecs.parse(codecs.codec_of(config.features.codec, name))
+        self._manifest = None
+        if config.features.standardize != "none":
+            self._manifest = open_stores(config, run, only=[name])[name].manifest
+
+    def see(self, pictures: Sequence[np.ndarray]) -> ExpertFeatures:
+        """Returns the features of pictures."""
+        view = self._runner.expert.card.view
+        return self._runner(np.stack([view.cut(picture) for picture in pictures]))
+
+    def settled(self, config: Config, found: ExpertFeatures) -> ExpertFeatures:
+        """Returns them as training reads them, rounding apart."""
+        found = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), found)
+        found = found._replace(patches=self._codec.pooled(found.patches))
+        return found if self._manifest is None else standardized(config, self.name, self._manifest, found)

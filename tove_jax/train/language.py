@@ -290,7 +290,11 @@ def _read_decoder(config: Config, model: LanguageModel, mesh: Mesh, store: Any) 
     if config.language.kind == "tove":
         from tove_jax.hf import roberta
 
-        return roberta.read_params(model.decoder, folder, mesh=mesh, store=store)
+        key = jax.random.fold_in(jax.random.key(config.train.seed + 1), 3)
+        wanted = {"picture_width": config.student.width, "adaptor_width": config.language.adaptor_width}
+        loaded = roberta.load(folder, mesh=mesh, store=store, rng=key, **wanted)
+        fresh = sorted({path.split("/")[1] for path in loaded.fresh})
+        return loaded.params, [f"drawn, since the file has none: {', '.join(fresh)}"] if fresh else []
     arrays = index_arrays(folder)
     return hf_llama.load_params(model.decoder, arrays, mesh=mesh, store=store, source=str(folder)), []
 
