@@ -76,3 +76,11 @@ def test_data_is_the_outer_axis_over_slices():
 def test_nodes_of_gpus_may_share_parameters():
     devices = [Fake(number, number // 4, "gpu") for number in range(8)]
     assert [device.id for device in make_mesh(MeshConfig(1, 8, 1), devices).devices.flat] == list(range(8))
+
+
+def test_experts_of_lora_can_be_sharded():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    names, shape = ("layers", "embed", "expert", "rank"), (3, 8, 4, 2)
+    assert partition_spec(names, shape, mesh, AXIS_RULES) == PartitionSpec(None, "fsdp", None, None)
+    rules = {**AXIS_RULES, "expert": ("tensor",)}
+    assert partition_spec(names, shape, mesh, rules) == PartitionSpec(None, "fsdp", "tensor", None)

@@ -51,15 +51,15 @@ class Chip:
     @property
     def device(self) -> Chip:
         """Returns the share of one device."""
-        parts = {"flops": self.flops / self.cores, "memory": self.memory // self.cores}
         return dataclasses.replace(
             self,
+            flops=self.flops / self.cores,
+            memory=self.memory // self.cores,
             bandwidth=self.bandwidth / self.cores,
             link=self.link / self.cores,
             network=self.network / self.cores,
             cores=1,
             host=self.host * self.cores,
-            **parts,
         )
 
 

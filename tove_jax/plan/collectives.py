@@ -114,9 +114,10 @@ def _of_computation(
     result = []
     for parts in spans.values():
         first, last = parts[0][0], parts[-1][0]
-        begin, inside = next(((c, i) for _, c, i in parts if not c.opcode.endswith("-done")), (None, None))
-        if begin is None or inside is None:
+        starts = [(one, inner) for _, one, inner in parts if not one.opcode.endswith("-done")]
+        if not starts:
             continue
+        begin, inside = starts[0]
         group = members(begin, devices)
         if len(group) < 2:
             continue

@@ -98,7 +98,7 @@ def compile_step(config: Config, topology: Topology, *, length: int | None = Non
       InputError: settings that do not fit each other or the topology; TPU's library is not installed; the
         compiler failed.
     """
-    request = {"config": to_json(config), "topology": _spelt(topology)}
+    request: dict[str, Any] = {"config": to_json(config), "topology": _spelt(topology)}
     request |= {"slices": topology.slices, "length": length}
     environment = {**os.environ, **environment_of(topology)}
     done = subprocess.run(

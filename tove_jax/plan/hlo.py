@@ -124,7 +124,8 @@ class Program:
         """
         self.computations: dict[str, Computation] = {}
         self.entry = ""
-        name, lines = "", []
+        name = ""
+        lines: list[Instruction] = []
         for line in text.splitlines():
             if not line[:1].isspace() and line.endswith("{") and (head := _HEAD.match(line)):
                 name, lines = head[2], []
