@@ -1,5 +1,6 @@
 """Training with a language model: both stages, all methods, exact sums, hand-over, bad input."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,17 +12,21 @@ import pytest
 
 from tests.train.conftest import overrides
 from tove_jax.config import from_file
+from tove_jax.config.schema import OptimConfig
 from tove_jax.data.conversation import IGNORED
 from tove_jax.data.tokenizer import train_tokenizer
 from tove_jax.errors import InputError
+from tove_jax.eval.answerers import open_answerer
 from tove_jax.experts.run import expert_cards, extract_all
 from tove_jax.hf.load import load_clip
+from tove_jax.language.decode import Decoding
 from tove_jax.language.loss import next_tokens, token_losses
 from tove_jax.train.checkpoint import load_language, load_student
 from tove_jax.train.initial import initial_parameters
 from tove_jax.train.loop import train
+from tove_jax.train.merge import merge_settings
 from tove_jax.train.metrics import read_rows
-from tove_jax.train.state import flatten
+from tove_jax.train.state import flatten, parameter_factors
 
 ROOT = Path(__file__).parents[2]
 LANGUAGE = [
@@ -233,3 +238,74 @@ def test_settings_that_do_not_fit_are_refused(prepared, talks, tmp_path, more, m
 def test_the_caption_head_and_a_language_model_exclude_each_other(prepared, talks, tmp_path):
     with pytest.raises(InputError, match="caption head stands in for a language model"):
         on_one(settings(prepared, talks, "plain", *STAGE_1, method="tove"), tmp_path)
+
+
+TOVE = ("--config.language.kind=tove", "--config.text.template=plain", "--config.method.text_weight=0",
+        "--config.language.adaptor_width=8")  # fmt: skip
+DEFAULT_GROUPS = f"--config.optim.groups={OptimConfig().groups!r}"
+
+
+def test_tove_trains_around_a_frozen_decoder_answers_and_merges(prepared, talks, tmp_path):
+    config = settings(prepared, talks, "plain", *TOVE, DEFAULT_GROUPS, method="tove")
+    rows = on_one(config, tmp_path / "run")
+    assert rows[-1]["loss/text"] < rows[0]["loss/text"]
+    factors = parameter_factors(config.optim, load_language(tmp_path / "run"))
+    trains = {path for path, factor in factors.items() if factor is not None}
+    parts = {path.removeprefix("language/model/").removeprefix("layers/").split("/")[0] for path in trains}
+    assert parts == {"cross", "cross_norm", "adaptor", "adaptor_norm", "head"}
+
+    picture = np.full((40, 30, 3), 90, np.uint8)
+    every = open_answerer(tmp_path / "run")
+    some = open_answerer(tmp_path / "run", experts=["pp_ocr_det"])
+    none = open_answerer(tmp_path / "run", experts=[])
+    told = [model.rank([[picture]], [""], [["picture number 1", "thing"]])[0] for model in (every, some, none)]
+    assert all(np.isfinite(scores).all() and scores.shape == (2,) for scores in told)
+    assert len({tuple(scores) for scores in told}) == 3  # each expert's knowledge reaches the decoder
+    assert isinstance(none.answer([[picture]], [""], Decoding(4))[0], str)
+    with pytest.raises(InputError, match="'sam_l' is not attached"):
+        open_answerer(tmp_path / "run", experts=["sam_l"])
+
+    merging = dataclasses.replace(merge_settings(tmp_path / "run"), train=dataclasses.replace(config.train, steps=2))
+    merging = dataclasses.replace(merging, optim=dataclasses.replace(merging.optim, lr=1e-2))
+    rows = on_one(merging, tmp_path / "merged")
+    assert {"loss/text", "loss/merge"} <= set(rows[0])
+    kept, source = load_language(tmp_path / "merged"), load_language(tmp_path / "run")
+    for path, leaf in source.items():
+        np.testing.assert_array_equal(kept[path], leaf, err_msg=path)
+    assert open_answerer(tmp_path / "merged").rank([[picture]], [""], [["a", "b"]])[0].shape == (2,)
+
+
+def test_a_chat_answers_alike_alone_and_in_a_list(first):
+    """Padding, other rows and kept picture tokens change no answer; the ranks are the model's own log-likelihoods."""
+    chat = open_answerer(first[0], template="v1")
+    pictures = [np.full((20 + n, 30, 3), 20 * n, np.uint8) for n in range(3)]
+    questions = ["What is this?", "Is it a thing, or is it not one?", "Sure?"]
+    shown = [[pictures[0]], [pictures[1], pictures[2]], []]
+    chat = dataclasses.replace(chat, limit=512)
+    together = chat.rank(shown, questions, [["Yes.", "No."]] * 3)
+    alone = [chat.rank([s], [q], [["Yes.", "No."]])[0] for s, q in zip(shown, questions, strict=True)]
+    for left, right in zip(together, alone, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4)
+    assert together[0][0] != together[2][0]
+    texts = chat.answer(shown, questions, Decoding(5))
+    assert texts == [chat.answer([s], [q], Decoding(5))[0] for s, q in zip(shown, questions, strict=True)]
+    with pytest.raises(InputError, match="expected at most 512 tokens with the answer"):
+        chat.answer([[]], ["word " * 600], Decoding(5))
+    with pytest.raises(InputError, match="expected 2 <image> for 2 pictures, found 1"):
+        chat.answer([[pictures[0]] * 2], ["<image> what?"], Decoding(5))
+    with pytest.raises(InputError, match="expected a run .checkpoints. or a Hugging Face folder"):
+        open_answerer(first[0].parent)
+
+
+def test_rows_may_be_shared_and_updates_of_low_rank(prepared, talks, tmp_path):
+    """Packing and LoRA: the decoder stays frozen, its updates train, several conversations share a row."""
+    config = settings(
+        prepared, talks, "mixed", *STAGE_2, "--config.text.pack=True", "--config.text.pictures=3",
+        "--config.language.lora_rank=4", "--config.train.batch=4",
+        "--config.optim.groups=(('language/model/.*',None),('.*',1.0))",
+    )  # fmt: skip
+    rows = on_one(config, tmp_path)
+    assert np.isfinite(rows[-1]["loss/text"]) and rows[0]["text/padding"] < 0.5
+    kept = load_language(tmp_path)
+    assert any(np.any(leaf) for path, leaf in kept.items() if path.endswith("b_kernel"))
+    assert open_answerer(tmp_path).rank([[]], ["Sure?"], [["Yes.", "No."]])[0].shape == (2,)

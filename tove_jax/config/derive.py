@@ -9,7 +9,11 @@ from tove_jax.config.schema import AdapterConfig, Config, MergeConfig, ToVEConfi
 from tove_jax.errors import InputError, nearest
 
 #: Groups of a merge: a tenth of the learning rate, for the tower begins close to where it shall end. [choice of ours]
-MERGE_GROUPS: tuple[tuple[str, float | None], ...] = (("student/.*", 0.1), ("teacher/.*", None))
+MERGE_GROUPS: tuple[tuple[str, float | None], ...] = (
+    ("student/.*", 0.1),
+    ("teacher/.*", None),
+    ("language/.*", None),
+)
 #: Fields of `MergeConfig` that the source decides.
 MERGE_SOURCE_FIELDS = ("name", "source", "source_step", "source_method", "source_adapter")
 
@@ -48,7 +52,8 @@ def merged(config: Config, *, source: str = "", step: int = 0) -> Config:
     """Returns the settings that merge a run into a plain tower.
 
     Pictures, features, optimiser and loop are those of the run; the tower trains with a tenth of the learning
-    rate (`MERGE_GROUPS`), and a ToVE run's text loss stays.
+    rate (`MERGE_GROUPS`), and a text loss stays, by the run's own
+    caption head or language model, which are frozen.
 
     Args:
       config: the run's settings.

@@ -21,7 +21,6 @@ from tove_jax.errors import InputError
 from tove_jax.experts import codecs, registry
 from tove_jax.experts.base import ExpertFeatures
 from tove_jax.experts.run import as_viewed, chosen_experts, load_options, open_stores, standardized
-from tove_jax.experts.runner import Runner
 from tove_jax.language.answer import Answerer
 from tove_jax.language.chat import Chat, See
 from tove_jax.language.model import LanguageModel, tokenizer_source
@@ -58,6 +57,8 @@ def open_answerer(
     """
     if is_run(folder):
         return _open_run(Path(folder), step, experts, template, seed)
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise InputError(f"{folder}: expected a run (checkpoints) or a Hugging Face folder (config.json), found neither")
     if step is not None or experts is not None:
         raise InputError(f"{folder}: --step and --experts are of runs, expected a run's folder (checkpoints)")
     from tove_jax.hf.llava import open_llava
@@ -133,7 +134,8 @@ class _Expert:
                 f"expert '{name}': {run} was trained with weights {expected}, those at hand are {loaded.weights_hash}"
             )
         self.name = name
-        self._runner = Runner(dataclasses.replace(loaded, card=as_viewed(config, loaded.card)))
+        self._view, self._params = as_viewed(config, loaded.card).view, loaded.params
+        self._apply = jax.jit(loaded.apply) if loaded.card.backend == "jax" else loaded.apply
         self._codec = codecs.parse(codecs.codec_of(config.features.codec, name))
         self._manifest = None
         if config.features.standardize != "none":
@@ -141,8 +143,7 @@ class _Expert:
 
     def see(self, pictures: Sequence[np.ndarray]) -> ExpertFeatures:
         """Returns the features of pictures."""
-        view = self._runner.expert.card.view
-        return self._runner(np.stack([view.cut(picture) for picture in pictures]))
+        return self._apply(self._params, np.stack([self._view.cut(picture) for picture in pictures]))
 
     def settled(self, config: Config, found: ExpertFeatures) -> ExpertFeatures:
         """Returns them as training reads them, rounding apart."""
