@@ -215,10 +215,13 @@ def make_records(source: PictureSource, subcategories: Sequence[str], colours: S
 
 
 def _together(records: Sequence[VqaRecord]) -> dict[tuple[str, str], list[VqaRecord]]:
-    """Returns the questions of each drawing, open ones and those to be answered yes or no apart, in a drawn order."""
+    """Returns the questions of each drawing, open ones and those to be answered yes or no apart, in a drawn order.
+
+    The two yes-or-no questions about one matter have opposite answers, so they stand in two conversations.
+    """
     found: dict[tuple[str, str], list[VqaRecord]] = {}
     for record in records:
-        kind = "yes_no" if record.choices == _YES_NO else "open"
+        kind = "open" if record.choices != _YES_NO else "yes_no#2" if record.id.endswith("#2") else "yes_no"
         found.setdefault((record.picture or "", kind), []).append(record)
     for asked in found.values():
         asked.sort(key=lambda record: hashlib.sha256(record.id.encode()).digest())
@@ -236,7 +239,7 @@ class OpenMojiQuestions:
 
     Attributes:
       records: all questions.
-      dialogues: two conversations a drawing, ``<id>:open`` and ``<id>:yes_no``, of the same.
+      dialogues: up to three conversations a drawing, ``<id>:open``, ``<id>:yes_no`` and ``<id>:yes_no#2``, of the same.
       colours: main colour of each drawing, or None.
 
     Raises:

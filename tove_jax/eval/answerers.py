@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from tove_jax import methods
 from tove_jax.config.derive import attached_experts, detach
-from tove_jax.config.schema import Config
+from tove_jax.config.schema import Config, LanguageConfig
+from tove_jax.data.anyres import Anyres
 from tove_jax.data.conversation import get_template
 from tove_jax.data.tokenizer import load_tokenizer
 from tove_jax.data.view import View
@@ -21,10 +22,12 @@ from tove_jax.errors import InputError
 from tove_jax.experts import codecs, registry
 from tove_jax.experts.base import ExpertFeatures
 from tove_jax.experts.run import as_viewed, chosen_experts, load_options, open_stores, standardized
+from tove_jax.hf import llava
 from tove_jax.language.answer import Answerer
 from tove_jax.language.chat import Chat, See
 from tove_jax.language.model import LanguageModel, tokenizer_source
 from tove_jax.models import vit
+from tove_jax.models.llava import Llava, pack_pictures
 from tove_jax.parallel import make_mesh
 from tove_jax.train.checkpoint import load_language, load_student
 from tove_jax.train.handover import is_run
@@ -58,12 +61,69 @@ def open_answerer(
     if is_run(folder):
         return _open_run(Path(folder), step, experts, template, seed)
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder}: expected a run (checkpoints) or a Hugging Face folder (config.json), found neither")
+        raise InputError(
+            f"{folder}: expected a run (checkpoints) or a Hugging Face folder (config.json), found neither"
+        )
     if step is not None or experts is not None:
         raise InputError(f"{folder}: --step and --experts are of runs, expected a run's folder (checkpoints)")
-    from tove_jax.hf.llava import open_llava
+    return _open_llava(folder, template or "v1", seed, **options)
 
-    return open_llava(folder, template=template, seed=seed, **options)
+
+def _open_llava(folder: Path | str, template: str, seed: int, **options: Any) -> Chat:
+    """Opens LLaVA-1.5 or LLaVA-NeXT; in float32 on CPUs and bfloat16 elsewhere, unless told."""
+    if jax.default_backend() != "cpu":
+        options = {"store": jnp.bfloat16, "dtype": jnp.bfloat16} | options
+    model, params, extras = llava.load(folder, **options)
+    language = LanguageModel(LanguageConfig(kind="llava"), model.decoder, model.projector)
+    see = _tiled(model, params, extras.view) if isinstance(extras.view, Anyres) else _whole(model, params, extras.view)
+    limit = int(extras.config.get("text_config", extras.config).get("max_position_embeddings") or 4096)
+    return Chat(language, params["language"], load_tokenizer(extras.folder), get_template(template), see, limit, seed)
+
+
+def _whole(model: Llava, params: Any, view: View) -> See:
+    """Returns LLaVA-1.5's way of seeing: each picture is cut once."""
+
+    @jax.jit
+    def tokens(params: Any, pixels: jax.Array) -> jax.Array:
+        return model.project(params, model.tower_tokens(params, view.normalize(pixels))).astype(jnp.float32)
+
+    def see(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        for part, filled in _parts(pictures):
+            pixels = np.stack([view.cut(picture) for picture in filled])
+            found += list(np.asarray(tokens(params, pixels))[: len(part)])
+        return found
+
+    return see
+
+
+def _tiled(model: Llava, params: Any, view: Anyres) -> See:
+    """Returns LLaVA-NeXT's way of seeing: each picture in tiles, as many as its shape asks for."""
+
+    @jax.jit
+    def tokens(params: Any, pixels: jax.Array, index: jax.Array) -> jax.Array:
+        tiles = model.project(params, model.tower_tokens(params, view.view.normalize(pixels)[None]))
+        return pack_pictures(tiles, params["language"]["newline"], index[None])[0].astype(jnp.float32)
+
+    def see(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        found = []
+        for picture in pictures:
+            size = picture.shape[:2]
+            tiles, count = view.most_tiles, view.count(size)
+            index = view.index([size], tiles=tiles, length=view.most_tokens)
+            pixels = view.stack([picture], tiles=tiles)
+            found.append(np.asarray(tokens(params, pixels, index))[:count])
+        return found
+
+    return see
+
+
+def _parts(pictures: Sequence[np.ndarray]) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """Yields some pictures at a time, and the same filled up: one or a fixed number, so that two shapes are compiled."""
+    for first in range(0, len(pictures), _SEEN_AT_ONCE):
+        part = list(pictures[first : first + _SEEN_AT_ONCE])
+        size = 1 if len(part) == 1 else _SEEN_AT_ONCE
+        yield part, part + part[-1:] * (size - len(part))
 
 
 def _open_run(run: Path, step: int | None, experts: Sequence[str] | None, template: str, seed: int) -> Chat:
@@ -110,11 +170,7 @@ def _seeing(
 
     def see(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         found: list[np.ndarray] = []
-        for first in range(0, len(pictures), _SEEN_AT_ONCE):
-            part = list(pictures[first : first + _SEEN_AT_ONCE])
-            # One picture, or filled up: two shapes are compiled.
-            size = 1 if len(part) == 1 else _SEEN_AT_ONCE
-            filled = part + part[-1:] * (size - len(part))
+        for part, filled in _parts(pictures):
             pixels = np.stack([view.cut(picture) for picture in filled])
             features = {one.name: one.see(filled) for one in experts}
             found += list(np.asarray(tokens(params, language, pixels, features))[: len(part)])
