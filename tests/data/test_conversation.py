@@ -18,6 +18,7 @@ from tove_jax.data.conversation import (
     encode_prompt,
     expand_images,
     get_template,
+    without_pictures,
 )
 from tove_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from tove_jax.errors import InputError
@@ -85,6 +86,8 @@ WORDS = {
     "chatml": "Two cups.<|im_end|>|Red.<|im_end|>",
     "mpt": "Two cups.<|im_end|>|Red.<|im_end|>",
     "chatml_direct": "Two cups.<|im_end|>|Red.<|im_end|>",
+    "caption": "Two cups.</s>",
+    "vqa": "Two cups.</s>|Red.</s>",
 }
 
 
@@ -99,6 +102,51 @@ def test_every_template_learns_answers_and_their_end(small, name):
     # The learned space after the prompt belongs to the answer; what stands before it is the prompt.
     last = np.flatnonzero(np.diff(np.concatenate([[0], row.labels != IGNORED])) == 1)[-1]
     np.testing.assert_array_equal(prompt, row.ids[:last])
+
+
+@pytest.fixture(scope="module")
+def bytes_of_words(tmp_path_factory):
+    """A tokenizer as RoBERTa's: byte-level pairs, spaces before words, offsets without them."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(["A picture of two cups. How many? What colour? red"] * 3, trainer)
+    folder = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=fast, **special).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def test_pictures_beside_the_text(bytes_of_words):
+    """ToVE's templates: the prefix is not learned, pictures leave no trace, prompts end where answers begin."""
+    tokenizer, pictured = bytes_of_words, {"from": "human", "value": "<image>\nHow many?"}
+    row = without_pictures(encode([pictured, ANSWER], get_template("caption"), tokenizer, images=1))
+    assert tokenizer.inner.decode(row.ids) == "<s>A picture of Two cups.</s>" and row.ids[[0, -1]].tolist() == [0, 2]
+    assert learned(row, tokenizer) == " Two cups.</s>"
+    prompt = encode_prompt([pictured], get_template("caption"), tokenizer, images=1)
+    assert tokenizer.inner.decode(prompt[prompt >= 0]) == "<s>A picture of"
+    row = without_pictures(encode([pictured, ANSWER, *LATER], get_template("vqa"), tokenizer, images=1))
+    assert tokenizer.inner.decode(row.ids) == "<s>How many? Two cups.</s>What colour? Red.</s>"
+    assert learned(row, tokenizer) == " Two cups.</s>| Red.</s>" and not len(row.starts)
+    prompt = encode_prompt([pictured], get_template("vqa"), tokenizer, images=1)
+    assert prompt.tolist() == [0, IMAGE_ID, *tokenizer.split("How many?")[0]]
 
 
 def test_chatml_in_full(small):

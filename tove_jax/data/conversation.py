@@ -43,6 +43,7 @@ class Template:
         and learns nothing of the conversation; so do we.
       tokens: texts that must be one token each.
       pictures_only: of the question only the pictures are kept, and there is one round.
+      apart: for models that see pictures beside the text: a picture's line break goes with it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Template:
     markers: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     pictures_only: bool = False
+    apart: bool = False
 
     def before(self, round: int) -> str:
         """Returns what stands before the question of a round."""
@@ -130,10 +132,23 @@ TEMPLATES: Mapping[str, Template] = {
         _CHATML,
         _MPT,
         dataclasses.replace(_MPT, name="chatml_direct", system="Answer the questions."),
+        Template(
+            name="caption",
+            reply="A picture of",
+            lead=" ",
+            end="</s>",
+            markers=("</s>",),
+            tokens=("</s>",),
+            pictures_only=True,
+            apart=True,
+        ),
+        Template(name="vqa", lead=" ", end="</s>", markers=("</s>",), tokens=("</s>",), apart=True),
     )
 }
 """By name: LLaVA's ``plain`` (stage 1), ``v1`` (Vicuna), ``llava_llama_2`` (also ``llama_2``), ``mistral_instruct``,
-``mpt`` and ``chatml_direct``; ``chatml`` as Qwen has it, with a line break after every turn."""
+``mpt`` and ``chatml_direct``; ``chatml`` as Qwen has it, with a line break after every turn. Ours, for ToVE's decoder,
+which sees pictures beside the text (see `without_pictures`): ``caption``, after a prefix that is not learned, and
+``vqa``, a question, a space and its answer."""
 
 
 def get_template(name: str) -> Template:
@@ -232,6 +247,8 @@ def _tokens(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 def _joined(texts: Sequence[str], template: Template) -> tuple[str, list[tuple[int, int]], int | None]:
     """Returns the whole text, the learned characters, and where the first round begins that LLaVA cannot divide."""
     whole, learned, broken = "", [], None
+    if template.apart:
+        texts = [text.replace(f"{IMAGE}\n", IMAGE) for text in texts]
     for number in range(0, len(texts), 2):
         begin = len(whole)
         question, answer = texts[number], texts[number + 1] if number + 1 < len(texts) else None
