@@ -312,6 +312,15 @@ def student_settings(model: Llava, view: ViewConfig) -> StudentConfig:
     )
 
 
+def auto_map(kind: str) -> dict[str, str]:
+    """Returns where config.json finds our remote code, by ``adapter.kind``."""
+    name = f"{kind.capitalize()}Llava"
+    return {
+        "AutoConfig": f"configuration_{kind}_llava.{name}Config",
+        "AutoModelForImageTextToText": f"modeling_{kind}_llava.{name}ForConditionalGeneration",
+    }
+
+
 def to_config(
     model: Llava,
     student: StudentConfig,
@@ -363,9 +372,6 @@ def to_config(
         config |= {
             "architectures": [f"{name}ForConditionalGeneration"],
             "model_type": REMOTE_TYPES[kind],
-            "auto_map": {
-                "AutoConfig": f"configuration_{kind}_llava.{name}Config",
-                "AutoModelForImageTextToText": f"modeling_{kind}_llava.{name}ForConditionalGeneration",
-            },
+            "auto_map": auto_map(kind),
         }
     return config

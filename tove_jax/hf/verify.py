@@ -59,8 +59,9 @@ class VerifyReport:
             f"folder        {self.folder}",
             f"file          {self.file.name}",
             f"file sha256   {self.file_hash}",
-            f"weights hash  {self.arrays_hash}",
         ]
+        if self.arrays_hash:
+            lines.append(f"weights hash  {self.arrays_hash}")
         for name, value in self.differences.items():
             lines.append(f"difference    {name}: {value:.2e}")
         lines += [f"note          {note}" for note in self.notes]
@@ -106,7 +107,7 @@ def verify(
     _check_hashes(report)
     if params is not None:
         _check_params(report, loaded, params)
-    pictures = list(_photographs() if pictures is None else pictures)[:4]
+    pictures = list(photographs() if pictures is None else pictures)[:4]
     size = student.image_size
     preprocessor = folder / "preprocessor_config.json"
     view = View.of_student(student)
@@ -152,7 +153,8 @@ def _check_params(report: VerifyReport, loaded: Mapping[str, Any], params: Mappi
             report.problems.append(f"{path}: differs from the given parameters")
 
 
-def _photographs() -> list[np.ndarray]:
+def photographs() -> list[np.ndarray]:
+    """Returns two of scikit-image's photographs, uint8 (H, W, 3), or none where it is not installed."""
     try:
         from skimage import data
 
@@ -201,7 +203,8 @@ def _run_transformers(
         report.not_run = f"{error.name} is not installed"
         return None
     remote = student.adapter.kind != "none"
-    if remote and (foreign := _foreign_code(report.folder, student.adapter.kind)):
+    own = student.adapter.kind
+    if remote and (foreign := foreign_code(report.folder, REMOTE_CODE[own], AUTO_MAP[own])):
         report.problems += [f"{what}: its code was not run" for what in foreign]
         report.not_run = "the folder's code is not this package's"
         return None
@@ -252,18 +255,24 @@ def _run_transformers(
     return theirs
 
 
-def _foreign_code(folder: Path, kind: str) -> list[str]:
-    """Returns what in the folder would lead transformers to run code that is not ours."""
+def foreign_code(folder: Path, names: Sequence[str], auto_map: Mapping[str, str]) -> list[str]:
+    """Returns what in the folder would lead transformers to run code that is not ours.
+
+    Args:
+      folder: with config.json.
+      names: the files that it must hold as this package has them.
+      auto_map: what config.json must say of them.
+    """
     foreign = []
-    for name in REMOTE_CODE[kind]:
+    for name in names:
         path = folder / name
         if not path.is_file():
             foreign.append(f"{name} is missing; expected that of this package")
         elif path.read_bytes() != remote_code(name):
             foreign.append(f"{name} differs from this package")
     found = read_json(folder / "config.json").get("auto_map")
-    if found != AUTO_MAP[kind]:
-        foreign.append(f"config.json: auto_map is {found}, expected {AUTO_MAP[kind]}")
+    if found != auto_map:
+        foreign.append(f"config.json: auto_map is {found}, expected {auto_map}")
     return foreign
 
 
