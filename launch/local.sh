@@ -5,7 +5,7 @@
 # A SIGTERM is handed on, and ends the launcher with what the processes saved. Of the processes that are left when one
 # was lost, those that do not end by themselves within TOVE_GRACE_SECONDS (default 60) are killed.
 set -euo pipefail
-dry= restarts=3 port=
+dry='' restarts=3 port=''
 while [[ ${1-} == --* ]]; do
     case $1 in
         --dry-run) dry=1 ;;

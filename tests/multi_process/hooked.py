@@ -1,0 +1,39 @@
+"""`tove` with a hook on the training loop: writes which records each batch had, and may be slow.
+
+RECORDS: a folder, into which process I writes ``I-of-N.jsonl``, a line for each batch. SLOW: ``I:seconds`` a batch.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def hook():
+    from tove_jax.train import loop
+
+    fetch = loop._Run.fetch
+    me, count = os.environ.get("JAX_PROCESS_ID", "0"), os.environ.get("JAX_NUM_PROCESSES", "1")
+    slow, _, seconds = os.environ.get("SLOW", "").partition(":")
+    path = Path(os.environ["RECORDS"]) / f"{me}-of-{count}.jsonl"
+
+    def hooked(self):
+        if slow == me:
+            time.sleep(float(seconds))
+        found = fetch(self)
+        with path.open("a") as stream:
+            stream.write(json.dumps(found[1].tolist()) + "\n")
+        return found
+
+    loop._Run.fetch = hooked
+
+
+if __name__ == "__main__":
+    from tove_jax.cli.main import main
+
+    if os.environ.get("RECORDS"):
+        hook()
+    if differ := os.environ.get(f"DIFFER_{os.environ.get('JAX_PROCESS_ID')}"):
+        sys.argv.append(differ)
+    sys.exit(main())
