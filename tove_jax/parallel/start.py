@@ -163,7 +163,7 @@ def _number(environ: Mapping[str, str], variable: str) -> int:
 
 def _slurm(environ: Mapping[str, str]) -> Processes | None:
     """A Slurm step of several tasks; a batch script or a shell in an allocation is one process only if it has one task."""
-    if "SLURM_JOB_ID" not in environ or int(environ.get("SLURM_NTASKS", 1)) == 1:
+    if "SLURM_JOB_ID" not in environ or environ.get("SLURM_NTASKS", "1") == "1":
         return None
     job = f"Slurm job {environ['SLURM_JOB_ID']}"
     if missing := [name for name in SLURM if name not in environ]:

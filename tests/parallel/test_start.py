@@ -1,0 +1,176 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from tove_jax.errors import InputError
+from tove_jax.parallel import start, together
+from tove_jax.parallel.sharding import batch_share
+from tove_jax.parallel.start import SLURM, VARIABLES, Processes, find
+
+STEP = {
+    "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "node[012-013]", "SLURM_STEP_NUM_NODES": "2",
+}  # fmt: skip
+
+
+def test_one_process_is_nothing_special():
+    assert find(environ={}) == Processes("no cluster in the environment")
+    assert find(environ={}).count == 1
+    # Asked for, whatever is around.
+    assert find(process_count=1, environ=STEP).count == 1
+    assert find(environ={**STEP, "JAX_NUM_PROCESSES": "1"}).count == 1
+    start.connect(find(environ={}))
+    assert not together.several() and together.is_first()
+
+
+def test_flags_win_over_variables():
+    environ = dict(zip(VARIABLES.values(), ("host:1", "4", "2"), strict=True))
+    assert find(environ=environ) == Processes("environment", "host:1", 2, 4)
+    assert find(process_id=3, environ=environ) == Processes("flags", "host:1", 3, 4)
+    assert str(find(environ=environ)) == "process 2 of 4, coordinator host:1 (environment)"
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_the_missing_one_is_named(name):
+    environ = dict(zip(VARIABLES.values(), ("host:1", "4", "2"), strict=True))
+    del environ[VARIABLES[name]]
+    flags = {"process_id": 1} if name == "process_count" else {"process_count": 4}
+    flag = "--" + name.replace("_", "-")
+    if name == "process_id":
+        flags = {"coordinator": "host:1"}
+    with pytest.raises(InputError, match=re.escape(f"several processes: {flag} (or {VARIABLES[name]}) missing")):
+        find(**flags, environ=environ)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "said"),
+    [
+        ({"coordinator": "host", "process_id": 0, "process_count": 2}, {}, "--coordinator: expected HOST:PORT"),
+        ({"coordinator": "host:1", "process_id": 2, "process_count": 2}, {}, "--process-id: expected .* 0 to 1, found 2"),
+        ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES: expected a whole number, found 'two'"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(flags, environ, said):
+    with pytest.raises(InputError, match=said):
+        find(**flags, environ=environ)
+
+
+def test_a_slurm_step(monkeypatch):
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    found = find(environ=STEP)
+    assert re.fullmatch(r"node012:\d+", found.coordinator)
+    assert (found.found, found.index, found.count, found.local_devices) == ("Slurm job 4711", 3, 4, (1,))
+    # One task a node has all its devices.
+    assert find(environ={**STEP, "SLURM_STEP_NUM_NODES": "4"}).local_devices is None
+    assert find(environ={**STEP, "JAX_COORDINATOR_ADDRESS": "other:9"}).coordinator == "other:9"
+    assert find(environ={"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}).count == 1
+
+
+@pytest.mark.parametrize("name", [name for name in SLURM if name not in ("SLURM_JOB_ID", "SLURM_NTASKS")])
+def test_a_slurm_job_without_a_step_is_refused(name):
+    environ = {key: value for key, value in STEP.items() if key != name}
+    with pytest.raises(InputError, match=f"Slurm job 4711 has 4 tasks, but {name} missing: start the command by srun"):
+        find(environ=environ)
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """As on a TPU host of GKE: JAX believes in its chips, and reads the process's own environment."""
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster.BaseTpuCluster, "wait_for_coordinator", lambda *unused: None)
+
+    def get(key):
+        import os
+
+        return os.environ.get(key)
+
+    monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value", get)
+
+    def put(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return variables
+
+    return put
+
+
+def test_tpu_slices_on_gke(on_tpu):
+    hosts = ",".join(f"host-{number}" for number in range(4))
+    environ = on_tpu(TPU_WORKER_HOSTNAMES=hosts, TPU_WORKER_ID="2")
+    assert find(environ=environ) == Processes("TPU slice on GKE", "host-0:8482", 2, 4)
+    environ |= on_tpu(MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="1", MEGASCALE_COORDINATOR_ADDRESS="first:80")
+    assert find(environ=environ) == Processes("TPU slice on GKE", "first:8482", 6, 8)
+    del environ["MEGASCALE_SLICE_ID"]
+    with pytest.raises(InputError, match="TPU slice on GKE: MEGASCALE_SLICE_ID missing"):
+        find(environ=environ)
+    with pytest.raises(InputError, match="TPU slice on GKE: TPU_WORKER_ID missing"):
+        find(environ={"TPU_WORKER_HOSTNAMES": hosts})
+
+
+def test_one_tpu_host_waits_for_nobody(on_tpu):
+    assert find(environ=on_tpu(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")).count == 1
+
+
+def test_a_pod_of_an_indexed_job_that_was_told_nothing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "kubernetes", None)
+    environ = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    with pytest.raises(InputError, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID missing"):
+        find(environ=environ)
+    assert find(environ={"KUBERNETES_SERVICE_HOST": "10.0.0.1"}).count == 1
+
+
+def test_differences_name_process_and_field():
+    same = {"config.a": "1", "data": "x"}
+    assert together.differences({0: same, 1: dict(same)}) == ""
+    said = together.differences({0: same, 1: same, 2: {"config.a": "2", "data": "x", "features/clip": "y"}})
+    assert said == (
+        "the processes do not agree: config.a: process 2 has 2, process 0 has 1; "
+        "features/clip: process 2 has y, process 0 has None"
+    )
+    many = {0: {}, 1: {str(number): "" for number in range(20)}}
+    assert together.differences(many).endswith("; and 12 more")
+
+
+class Device:
+    platform, device_kind = "fake", "fake"
+
+    def __init__(self, id, process_index):
+        self.id, self.process_index = id, process_index
+
+
+def mesh_of(sizes, per_process):
+    count = int(np.prod(sizes))
+    devices = np.array([Device(number, number // per_process) for number in range(count)]).reshape(sizes)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "per_process", "shares"),
+    [
+        ((4, 2, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((4, 1, 2), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),  # a process is a replica's tensor shards
+        ((2, 1, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes share a replica, and its rows
+        ((1, 1, 8), 2, [(0, 1)] * 4),
+        ((2, 2, 2), 4, [(0, 2), (1, 2)]),
+    ],
+)
+def test_which_rows_a_process_reads(monkeypatch, sizes, per_process, shares):
+    mesh = mesh_of(sizes, per_process)
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        batch_share.cache_clear()
+        assert batch_share(mesh) == share
+    batch_share.cache_clear()
+
+
+def test_a_mesh_that_cuts_through_processes_is_refused(monkeypatch):
+    batch_share.cache_clear()
+    with pytest.raises(InputError, match="two processes share some rows of the batch but not all"):
+        batch_share(mesh_of((2, 1, 3), 2))
+    batch_share.cache_clear()
