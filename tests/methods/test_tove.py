@@ -433,7 +433,7 @@ def test_the_page_has_every_field_with_its_default():
 @pytest.mark.parametrize("preset", ["paper", "recommended"])
 def test_full_size_parameters(preset):
     """ViT-B/16 at 224 with five experts: the count by its formula, and every path has axes and a group."""
-    config = from_file(f"{Path(__file__).parents[2]}/configs/tove_vit_b.py:preset={preset}")
+    config = from_file(f"{Path(__file__).parents[2]}/configs/tove_vit_b.py:preset={preset},language=none")
     shapes = {"depth": (384, 384, 1), "normals": (480, 640, 3), "edges": (352, 352, 1)}
     shapes |= {"dinov2_b": (16, 16, 768), "eva02_clip_b": (14, 14, 768)}
     cards = {name: card(name, *shape) for name, shape in shapes.items()}
