@@ -67,9 +67,9 @@ class Chat:
             return []
         if not decoding.ends:
             decoding = dataclasses.replace(decoding, ends=self.ends, pad=self.tokenizer.pad)
-        seen = [self._tokens(shown) for shown in pictures]
+        seen = [self.tokens(shown) for shown in pictures]
         rows = [
-            self._placed(encode_prompt(_turns(prompt, len(shown)), self.template, self.tokenizer, images=len(shown)), s)
+            self.placed(encode_prompt(_turns(prompt, len(shown)), self.template, self.tokenizer, images=len(shown)), s)
             for prompt, shown, s in zip(prompts, pictures, seen, strict=True)
         ]
         self._check_length(rows, decoding.new_tokens)
@@ -102,12 +102,12 @@ class Chat:
             raise InputError(f"choices: expected some for each of {len(prompts)} prompts, found {len(choices)}")
         if not prompts:
             return []
-        seen = [self._tokens(shown) for shown in pictures]
+        seen = [self.tokens(shown) for shown in pictures]
         rows: list[np.ndarray] = []
         answers: list[list[np.ndarray]] = []
         for prompt, shown, told, tokens in zip(prompts, pictures, choices, seen, strict=True):
-            before, after = self._divided(prompt, len(shown), told)
-            rows.append(self._placed(before, tokens))
+            before, after = self.divided(prompt, len(shown), told)
+            rows.append(self.placed(before, tokens))
             answers.append(after)
         most, longest = max(map(len, answers)), max(len(one) for row in answers for one in row)
         self._check_length(rows, longest)
@@ -128,7 +128,7 @@ class Chat:
         )
         return [np.asarray(row[: len(told)]) for row, told in zip(np.asarray(found), answers, strict=True)]
 
-    def _divided(self, prompt: str, images: int, choices: Sequence[str]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def divided(self, prompt: str, images: int, choices: Sequence[str]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Returns a prompt's ids and those of each choice with its end, tokenised together as in training."""
         if not choices:
             raise InputError(f"choices: expected at least one for the prompt {prompt!r:.60}, found none")
@@ -147,7 +147,8 @@ class Chat:
         assert before is not None
         return before, answers
 
-    def _tokens(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def tokens(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns each picture's tokens as the decoder reads them, (n, W); those of the last pictures are kept."""
         keys = [
             hashlib.blake2b(np.ascontiguousarray(p), digest_size=16).digest() + bytes(str(p.shape), "ascii")
             for p in pictures
@@ -164,7 +165,7 @@ class Chat:
             self._kept.popitem(last=False)
         return found
 
-    def _placed(self, ids: np.ndarray, tokens: Sequence[np.ndarray]) -> np.ndarray:
+    def placed(self, ids: np.ndarray, tokens: Sequence[np.ndarray]) -> np.ndarray:
         """Repeats each placeholder as often as its picture has tokens, or drops it where the decoder looks across."""
         if self.model.projector is None:
             return ids[ids != IMAGE_ID]
