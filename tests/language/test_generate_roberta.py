@@ -106,6 +106,8 @@ def test_ranking_equals_scoring_whole_texts(model):
             told = np.asarray(score(params, text, {name: array[row : row + 1] for name, array in SEEN.items()}))[0]
             alone = sum(told[len(prompt) + n - 1, token] for n, token in enumerate(answer))
             np.testing.assert_allclose(found[row, column], alone, rtol=1e-4)
+    chunks = rank(module, params, ids, mask, TOKENS, mask=MASK, **SEEN, chunk=2)
+    np.testing.assert_allclose(chunks, found, rtol=1e-5)
     blind = np.asarray(rank(module, params, ids, mask, TOKENS, mask=MASK))
     assert np.abs(found - blind).max() > 0.1
 

@@ -128,6 +128,7 @@ def rank(
     pictures_mask: Any = None,
     lora: Any = None,
     mean: bool = False,
+    chunk: int = 0,
 ) -> jax.Array:
     """Tells how likely each given answer is after its prompt; the prompt is read once for all its answers.
 
@@ -138,6 +139,8 @@ def rank(
       answers_mask: bool, of that shape, False for padding.
       tokens, embeddings, mask, pictures, pictures_mask, lora: the prompts, see `generate`.
       mean: per token, so that long answers are not at a disadvantage.
+      chunk: answers of a prompt that are read at once, for long lists; 0: all. Each has a copy of its prompt's keys
+        and values, and logits over the vocabulary.
 
     Returns:
       float32 (B, A), log-likelihoods, natural logarithm; the greatest is the likeliest.
@@ -156,24 +159,42 @@ def rank(
     if not answers_mask[..., 0].all() or (answers_mask[..., 1:] & ~answers_mask[..., :-1]).any():
         raise InputError("answers: expected at least one token in each, and padding on the right")
     _check_ids(module, answers, "answers")
-    return _rank(module, _variables(params, lora), inputs, jnp.asarray(answers), jnp.asarray(answers_mask), mean)
+    return _rank(module, _variables(params, lora), inputs, jnp.asarray(answers), jnp.asarray(answers_mask), mean, chunk)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _rank(
-    module: Decoder, variables: Any, inputs: dict[str, jax.Array], answers: jax.Array, mask: jax.Array, mean: bool
+    module: Decoder,
+    variables: Any,
+    inputs: dict[str, jax.Array],
+    answers: jax.Array,
+    mask: jax.Array,
+    mean: bool,
+    chunk: int,
 ) -> jax.Array:
     rows, count, length = answers.shape
     first, cache = _read(module, variables, inputs, length - 1)
-    cache = cache.take(jnp.repeat(jnp.arange(rows), count))
-    answers, mask = answers.reshape(-1, length), mask.reshape(-1, length)
-    logits = jnp.repeat(first, count, axis=0)[:, None]
-    if length > 1:
-        result: Any = module.apply(variables, answers[:, :-1], mask=mask[:, :-1], cache=cache)
-        logits = jnp.concatenate([logits, result[0]], axis=1)
-    told = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), answers[..., None], axis=-1)[..., 0]
-    total = jnp.where(mask, told, 0.0).sum(axis=1)
-    return (total / mask.sum(axis=1) if mean else total).reshape(rows, count)
+
+    def score(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Returns (B, A) of some answers and their mask (B, A, T)."""
+        answers, mask = (array.reshape(-1, length) for array in part)
+        owner = jnp.repeat(jnp.arange(rows), part[0].shape[1])
+        logits = first[owner][:, None]
+        if length > 1:
+            result: Any = module.apply(variables, answers[:, :-1], mask=mask[:, :-1], cache=cache.take(owner))
+            logits = jnp.concatenate([logits, result[0]], axis=1)
+        told = jnp.take_along_axis(logits, answers[..., None], axis=-1)[..., 0]
+        told -= jax.nn.logsumexp(logits, axis=-1)
+        total = jnp.where(mask, told, 0.0).sum(axis=1)
+        return (total / mask.sum(axis=1) if mean else total).reshape(rows, -1)
+
+    if not 0 < chunk < count:
+        return score((answers, mask))
+    spare = -count % chunk
+    # Spare answers are copies of the first, so that none is empty.
+    parts = (jnp.concatenate([array, jnp.repeat(array[:, :1], spare, axis=1)], axis=1) for array in (answers, mask))
+    stacked = tuple(jnp.moveaxis(part.reshape(rows, -1, chunk, length), 1, 0) for part in parts)
+    return jnp.moveaxis(jax.lax.map(score, stacked), 0, 1).reshape(rows, -1)[:, :count]
 
 
 def _variables(params: Any, lora: Any) -> dict[str, Any]:
