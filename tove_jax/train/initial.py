@@ -132,7 +132,7 @@ def initial_state(
 
     Args:
       config: groups, optimiser, dtype.
-      params: nested host tree.
+      params: nested tree, on the host; leaves that lie on the mesh already, a language model's, are given away.
       make_optimizer: ``(optim config, steps, factors) -> optax transformation``.
       mesh: the device mesh.
 
@@ -141,4 +141,11 @@ def initial_state(
     """
     build, optimizer = state_builder(config, params, make_optimizer)
     shardings = state_shardings(config, jax.eval_shape(build, params), mesh)
-    return jax.jit(build, out_shardings=shardings)(params), shardings, optimizer
+    flat = flatten(params)
+    placed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.Array)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in placed}
+    # Given away, they take no second place in the devices' memory.
+    make = jax.jit(
+        lambda placed, rest: build(unflatten({**rest, **placed})), out_shardings=shardings, donate_argnums=0
+    )
+    return make(placed, rest), shardings, optimizer
