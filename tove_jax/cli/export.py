@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 
 HELP = "write the trained student as a Hugging Face folder that transformers loads, or as MoVE-KD's released files"
-FORMATS = ("hf", "released", "released-safetensors")
+FORMATS = ("hf", "released", "released-safetensors", "llava", "llava-original")
 TAKES_CONFIG = True
 settings = of_run
 
@@ -26,9 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         default="hf",
         help="`released`: MoVE-KD's mole_encoder.bin and encoder_adapter.bin (needs torch), or the same names in "
-        "safetensors; into `released` in the run's folder when --output is left out.",
+        "safetensors; into `released` in the run's folder when --output is left out. `llava`: the whole model, as "
+        "LlavaForConditionalGeneration with its processor, or in LLaVA's own layout; into `llava` there.",
     )
     parser.add_argument("--prefix", default="", help="`released`: put before the tower's names.")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="`llava`: of the weights.")
     parser.add_argument(
         "--encoder-adapters", action="store_true", help="`hf`: MoVE-KD's encoder adapters too, for a further stage."
     )
@@ -39,6 +42,15 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "hf":
         folder = export_run(
             args.config, args.workdir, step=args.step, output=args.output, encoder_adapters=args.encoder_adapters
+        )
+    elif args.format.startswith("llava"):
+        folder = export_run_llava(
+            args.config,
+            args.workdir,
+            step=args.step,
+            output=args.output,
+            original=args.format == "llava-original",
+            store=args.dtype,
         )
     else:
         suffix = ".bin" if args.format == "released" else ".safetensors"
@@ -100,19 +112,107 @@ def export_run(
     Raises:
       InputError: no checkpoint, encoder adapters of a run that has none, an encoder that needs experts beside it, or the folder cannot be written.
     """
-    from tove_jax import methods
-    from tove_jax.eval.run import with_stored_settings
     from tove_jax.hf.export import export_student
-    from tove_jax.hf.load import read_json
     from tove_jax.train.checkpoint import load_student
 
     workdir = Path(workdir)
     stored, params, provenance = load_student(workdir, step)
-    if beside := methods.get(stored.method.name).deployed_experts(stored):
+    _refuse_experts(workdir, stored)
+    told = _told(config, stored, workdir, provenance)
+    folder = output or workdir / "export"
+    adapters = params.get("method") if encoder_adapters else None
+    if encoder_adapters and (stored.method.name != "move_kd" or not adapters):
+        raise InputError(f"{workdir}: this run of '{stored.method.name}' has no encoder adapters to export")
+    export_student(stored, params["student"], folder, provenance=told, adapters=adapters)
+    return folder
+
+
+def export_run_llava(
+    config: Config | None,
+    workdir: Path,
+    *,
+    step: int | None = None,
+    output: Path | None = None,
+    original: bool = False,
+    store: str | None = None,
+) -> Path:
+    """Exports a run's encoder with its projector and language model, see `tove_jax.hf.llava_export.export`.
+
+    Low-rank updates of the language model are merged into it.
+
+    Args:
+      config, workdir, step: see `export_run`.
+      output: target folder; ``<workdir>/llava`` when None.
+      original: in LLaVA's own layout.
+      store: dtype of the arrays; None: that of the checkpoint, and float32 for what did not train.
+
+    Returns:
+      The folder written.
+
+    Raises:
+      InputError: no checkpoint, a run without such a language model, an encoder that needs experts beside it, or a
+        folder that cannot be written.
+    """
+    import jax.numpy as jnp
+
+    from tove_jax.data.view import View
+    from tove_jax.eval.answerers import read_language
+    from tove_jax.hf.card import model_card
+    from tove_jax.hf.llava_export import export
+    from tove_jax.models import vit
+    from tove_jax.models.llama import merge_lora
+    from tove_jax.models.llava import Llava
+    from tove_jax.train.checkpoint import load_student
+
+    workdir = Path(workdir)
+    stored, params, provenance = load_student(workdir, step)
+    if stored.language.kind != "llava":
+        raise InputError(
+            f"{workdir}: expected a run with language.kind 'llava', found {stored.language.kind!r}; its encoder alone is "
+            "exported by --format=hf"
+        )
+    _refuse_experts(workdir, stored)
+    exact = dataclasses.replace(stored, train=dataclasses.replace(stored.train, dtype="float32"))
+    tokenizer, model, language = read_language(exact, workdir, step, provenance)
+    decoder = model.decoder
+    if "lora" in language:
+        language = {**language, "model": merge_lora(decoder, language["model"], language.pop("lora"))}
+        decoder = decoder.clone(lora_rank=0)
+    if model.projector is None:
+        raise ValueError("a language model of kind 'llava' has a projector")
+    whole = Llava(vit.from_config(stored.student), model.projector, decoder, stored.student.feature)
+    card = model_card(stored, "", _told(config, stored, workdir, provenance), whole=True)
+    folder = output or workdir / "llava"
+    export(
+        whole,
+        {"student": params["student"], "language": language},
+        folder,
+        tokenizer=tokenizer,
+        view=View.of_student(stored.student),
+        student=stored.student,
+        template=stored.text.template,
+        layout="original" if original else "transformers",
+        files={"README.md": card.encode()},
+        store=None if store is None else jnp.dtype(store),
+    )
+    return folder
+
+
+def _refuse_experts(workdir: Path, config: Config) -> None:
+    from tove_jax import methods
+
+    if beside := methods.get(config.method.name).deployed_experts(config):
         raise InputError(
             f"{workdir}: this encoder needs its experts beside it ({', '.join(beside)}), which no plain folder holds; "
             "merge them into one CLIP with `tove merge`, and export that"
         )
+
+
+def _told(config: Config | None, stored: Config, workdir: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the model card tells of a run."""
+    from tove_jax.eval.run import with_stored_settings
+    from tove_jax.hf.load import read_json
+
     settings = with_stored_settings(stored, config)
     told = {
         "step": provenance.get("step"),
@@ -121,12 +221,7 @@ def export_run(
     }
     if (workdir / "metrics.json").is_file():
         told["metrics"] = read_json(workdir / "metrics.json")
-    folder = output or workdir / "export"
-    adapters = params.get("method") if encoder_adapters else None
-    if encoder_adapters and (stored.method.name != "move_kd" or not adapters):
-        raise InputError(f"{workdir}: this run of '{stored.method.name}' has no encoder adapters to export")
-    export_student(stored, params["student"], folder, provenance=told, adapters=adapters)
-    return folder
+    return told
 
 
 def _experts(config: Config, workdir: Path, provenance: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,13 +10,16 @@ HELP = "compare an exported folder in JAX and in transformers, print weight hash
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("folder", type=Path, help="What `tove export` wrote, or any CLIP folder.")
+    parser.add_argument("folder", type=Path, help="What `tove export` wrote, a CLIP, or a LLaVA.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the report."""
+    from tove_jax.hf.llava_convert import is_llava
+    from tove_jax.hf.llava_verify import verify_llava
     from tove_jax.hf.verify import verify
 
-    report = verify(args.folder)
+    whole = args.folder.is_dir() and is_llava(args.folder)
+    report = verify_llava(args.folder) if whole else verify(args.folder)
     print("\n".join(report.lines()))
     return 0 if report.ok else 1

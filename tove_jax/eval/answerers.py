@@ -16,7 +16,7 @@ from tove_jax.config.derive import attached_experts, detach
 from tove_jax.config.schema import Config, LanguageConfig
 from tove_jax.data.anyres import Anyres
 from tove_jax.data.conversation import get_template
-from tove_jax.data.tokenizer import load_tokenizer
+from tove_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
 from tove_jax.experts import codecs, registry
@@ -136,10 +136,33 @@ def _open_run(run: Path, step: int | None, experts: Sequence[str] | None, templa
         if unknown:
             raise InputError(f"--experts: {unknown[0]!r} is not attached to {run}; attached: {', '.join(attached)}")
         config = detach(config, [name for name in attached if name not in experts])
-    tokenizer = load_tokenizer(tokenizer_source(config.language, config.text.tokenizer, run))
     # Answers are given in float32 on CPUs, where it is the faster one.
-    cpu = jax.default_backend() == "cpu"
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="float32")) if cpu else config
+    if jax.default_backend() == "cpu":
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="float32"))
+    tokenizer, model, language = read_language(config, run, step, provenance)
+    see = _seeing(config, run, provenance, model, params, language)
+    name = template or config.text.template
+    return Chat(model, language, tokenizer, get_template(name), see, config.text.limit, seed)
+
+
+def read_language(
+    config: Config, run: Path, step: int | None, provenance: Mapping[str, Any]
+) -> tuple[Tokenizer, LanguageModel, dict[str, Any]]:
+    """Reads the language side of a run onto the first device.
+
+    Args:
+      config: the run's settings; what did not train has the dtype ``train.dtype``.
+      run: its folder.
+      step: a saved step; None: the newest.
+      provenance: of the checkpoint.
+
+    Returns:
+      The tokenizer, the modules, and ``{"projector", "model", "lora"}``.
+
+    Raises:
+      InputError: the language model it began with is not there, or is another one.
+    """
+    tokenizer = load_tokenizer(tokenizer_source(config.language, config.text.tokenizer, run))
     model = build(config, len(tokenizer))
     assert model is not None
     if config.language.initialize and (found := fingerprint(config.language.initialize)) != provenance["language"]:
@@ -149,9 +172,7 @@ def _open_run(run: Path, step: int | None, experts: Sequence[str] | None, templa
         )
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=1, tensor=1), jax.local_devices()[:1])
     language, _ = initial_language(config, model, mesh, load_language(run, step))
-    see = _seeing(config, run, provenance, model, params, language)
-    name = template or config.text.template
-    return Chat(model, language, tokenizer, get_template(name), see, config.text.limit, seed)
+    return tokenizer, model, language
 
 
 def _seeing(

@@ -27,18 +27,19 @@ def drawn_with(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any]) -> str:
+def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any], *, whole: bool = False) -> str:
     """Writes README.md of an export.
 
     Args:
       config: settings of the run.
-      weights_hash: `tove_jax.files.weights.hash_arrays` of the published arrays.
+      weights_hash: `tove_jax.files.weights.hash_arrays` of the published arrays; empty: not told.
       provenance: each of these may be missing:
         ``step``: optimiser steps taken;
         ``experts``: list of `tove_jax.experts.base.ExpertCard`, or of mappings with its fields, and
         optionally ``weights_hash``;
         ``data``: mapping with ``name``, ``licence``, ``train`` and ``held_out`` (numbers of pictures);
         ``metrics``: flat names to numbers, as in metrics.json.
+      whole: the folder holds the language model too.
 
     Returns:
       Markdown with the hub's front matter.
@@ -49,15 +50,17 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
     title = config.title or "Distilled CLIP vision tower"
     experts = [_fields(expert) for expert in provenance.get("experts") or ()]
     names = ", ".join(expert.get("title") or expert["name"] for expert in experts) or "no recorded experts"
-    front = ["library_name: transformers", "pipeline_tag: image-feature-extraction"]
+    task = "image-text-to-text" if whole else "image-feature-extraction"
+    front = ["library_name: transformers", f"pipeline_tag: {task}"]
     front += ["tags:", "- clip", "- vision", "- knowledge-distillation", "- tove_jax"]
     if _is_hub_id(student.initialize):
         front += [f"base_model: {json.dumps(student.initialize)}"]
     parts = [
         "---\n" + "\n".join(front) + "\n---",
         f"# {title}",
-        f"A CLIP vision tower distilled by {_method(method)} from {names}, with tove_jax.",
-        _usage(config, has_experts),
+        f"A {'vision-language model whose ' if whole else ''}CLIP vision tower {'was ' if whole else ''}distilled by "
+        f"{_method(method)} from {names}, with tove_jax.",
+        _whole_usage(config, has_experts) if whole else _usage(config, has_experts),
         "## Model",
         _table(
             ("", ""),
@@ -70,7 +73,8 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any])
                 ("LoRA experts", _adapter_line(config) if has_experts else "none: a plain `CLIPVisionModel`"),
                 ("distilled feature", f"`{student.feature}`, patch tokens"),
                 ("start", _start(config)),
-                ("weights hash", f"`{weights_hash}`"),
+                *([("language model", _language(config))] if whole else []),
+                *([("weights hash", f"`{weights_hash}`")] if weights_hash else []),
             ],
         ),
         "## Experts",
@@ -144,6 +148,27 @@ def _usage(config: Config, has_experts: bool) -> str:
         'outputs = model(**processor(images=picture, return_tensors="pt"), output_hidden_states=True)\n'
         f"patch_tokens = outputs.hidden_states[{index}][:, 1:]\n```" + note
     )
+
+
+def _whole_usage(config: Config, has_experts: bool) -> str:
+    trust = ", trust_remote_code=True" if has_experts else ""
+    return (
+        "```python\nfrom transformers import AutoModelForImageTextToText, LlavaProcessor\n\n"
+        f"model = AutoModelForImageTextToText.from_pretrained(folder{trust})\n"
+        "processor = LlavaProcessor.from_pretrained(folder)\n"
+        'content = [{"type": "image"}, {"type": "text", "text": "What is on the table?"}]\n'
+        'prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)\n'
+        'inputs = processor(images=[picture], text=[prompt], return_tensors="pt")\n'
+        "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])\n```"
+    )
+
+
+def _language(config: Config) -> str:
+    language = config.language
+    origin = f"from `{language.initialize}`" if _is_hub_id(language.initialize) else "trained from scratch"
+    if language.initialize and not _is_hub_id(language.initialize):
+        origin = "from a local folder"
+    return f"{language.layers} layers, width {language.width}, projector `{language.projector}`, {origin}"
 
 
 def _adapter_line(config: Config) -> str:

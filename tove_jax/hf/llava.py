@@ -23,7 +23,8 @@ from tove_jax.hf.place import place_arrays
 from tove_jax.models import projector, vit
 from tove_jax.models.llava import Llava, abstract_params
 
-_HUB_FILES = (*llava_processor.FILES, "generation_config.json", "mm_projector.bin")
+HUB_FILES = (*llava_processor.FILES, "generation_config.json", "mm_projector.bin")
+"""What is fetched from the hub beside config.json and weights."""
 _NO_TOWER = "the vision tower is not among the weights"
 
 
@@ -60,7 +61,7 @@ def load(
       InputError: not such a folder; arrays that are missing, unknown or of another shape, all named; missing shards;
         a vocabulary or a view that does not fit.
     """
-    folder = locate(folder_or_hub_id, also=_HUB_FILES)
+    folder = locate(folder_or_hub_id, also=HUB_FILES)
     path = folder / "config.json"
     config = read_json(path)
     original = layout_of(config, path) == "original"

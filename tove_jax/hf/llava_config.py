@@ -24,6 +24,7 @@ from tove_jax.models.projector import Projector
 Layout = Literal["transformers", "original"]
 REMOTE_TYPES = {kind: f"{kind}_llava" for kind in MODEL_TYPES}  # by adapter.kind
 _ORIGINAL = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+_KINDS = ("llava", "llava_next", *REMOTE_TYPES.values())
 _STRATEGIES = {"default": False, "full": True}
 _VISION: dict[str, Any] = {
     "model_type": "clip_vision_model",
@@ -109,22 +110,27 @@ def plain_view(view: View | Anyres) -> ViewConfig:
     return ViewConfig(fit=view.fit, interpolation=view.interpolation, mean=view.mean, std=view.std)
 
 
+def find_layout(config: Mapping[str, Any]) -> Layout | None:
+    """Returns whose config.json it is; None: no LLaVA's."""
+    kind = config.get("model_type")
+    if kind in _ORIGINAL and ("mm_vision_tower" in config or "mm_hidden_size" in config):
+        return "original"
+    return "transformers" if kind in _KINDS else None
+
+
 def layout_of(config: Mapping[str, Any], path: Path) -> Layout:
     """Returns whose config.json it is.
 
     Raises:
       InputError: no LLaVA's.
     """
-    kind = config.get("model_type")
-    if kind in _ORIGINAL and ("mm_vision_tower" in config or "mm_hidden_size" in config):
-        return "original"
-    known = ("llava", "llava_next", *REMOTE_TYPES.values())
-    if kind in known:
-        return "transformers"
-    raise InputError(
-        f"{path}: model_type: expected {', '.join(known)}, or the original {', '.join(_ORIGINAL)} with mm_vision_tower, "
-        f"found {kind!r}"
-    )
+    layout = find_layout(config)
+    if layout is None:
+        raise InputError(
+            f"{path}: model_type: expected {', '.join(_KINDS)}, or the original {', '.join(_ORIGINAL)} with "
+            f"mm_vision_tower, found {config.get('model_type')!r}"
+        )
+    return layout
 
 
 def feature_name(layer: Any, path: Path) -> str:

@@ -38,9 +38,10 @@ def export(
     like: Extras | None = None,
     layout: Literal["transformers", "original"] = "transformers",
     files: Mapping[str, bytes] | None = None,
+    store: Any = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a folder whole or not at all, array by array; dtypes as in the tree, what was read goes out to the bit.
+    """Writes a folder whole or not at all, array by array; what was read goes out to the bit.
 
     In transformers' layout it is a `LlavaForConditionalGeneration` (or `LlavaNextForConditionalGeneration`) with its
     processor. With LoRA experts in the tower it carries its modelling files, for
@@ -60,6 +61,7 @@ def export(
       like: what the model was read from; in the same layout, its config.json and processor are kept as they are.
       layout: ``original``: LLaVA's own names and config.json.
       files: further files by name, such as README.md.
+      store: dtype of the arrays; None: as in the tree.
       shard_bytes: see `tove_jax.files.slices.write_array_files`.
 
     Raises:
@@ -92,7 +94,9 @@ def export(
             rows, image = vocabulary.rows, vocabulary.image_token
     arrays = _pending(model, params, names, grown=rows)
     config = _config(model, student, view, like if same else None, like, rows, image, layout)
-    config["dtype"] = np.dtype(leaves["language/model/token_embed"].dtype).name
+    if store is not None:
+        arrays = {name: _cast(array, np.dtype(store)) for name, array in arrays.items()}
+    config["dtype"] = np.dtype(store or leaves["language/model/token_embed"].dtype).name
     with atomic_folder(folder) as temporary:
         write_array_files(temporary, arrays, shard_bytes=shard_bytes)
         atomic_write_json(temporary / "config.json", config)
@@ -165,6 +169,10 @@ def _grow(array: Pending, rows: int) -> Pending:
         return np.concatenate([found, np.broadcast_to(mean, (rows - len(found), *mean.shape))])
 
     return Pending(array.dtype, (rows, *array.shape[1:]), get)
+
+
+def _cast(array: Pending, dtype: np.dtype) -> Pending:
+    return Pending(dtype, array.shape, lambda: array.get().astype(dtype))
 
 
 def _config(

@@ -15,7 +15,6 @@ from tove_jax.errors import InputError
 from tove_jax.files.weights import find_weights, hash_file
 from tove_jax.hf.llava import load
 from tove_jax.hf.llava_config import Extras, auto_map
-from tove_jax.hf.load import read_json
 from tove_jax.hf.verify import TOLERANCE, VerifyReport, foreign_code, photographs
 from tove_jax.language.decode import Decoding
 from tove_jax.language.generate import generate
@@ -23,12 +22,6 @@ from tove_jax.models.llava import Llava
 
 _QUESTION = "What is this?"
 _TIE = 1e-4  # two best logits that are nearer than this may change places by rounding
-
-
-def is_llava(folder: Path | str) -> bool:
-    """Whether a folder's config.json is that of a LLaVA in transformers' layout, or of our remote code."""
-    config = read_json(Path(folder) / "config.json")
-    return "vision_config" in config and "text_config" in config and "llava" in str(config.get("model_type"))
 
 
 def verify_llava(

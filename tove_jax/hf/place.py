@@ -16,6 +16,8 @@ from tove_jax.files.slices import Pending, Readable
 from tove_jax.hf.rules import Rule, check, flatten, unflatten
 from tove_jax.parallel import logical_specs, tree_shardings
 
+_SMALL = 1 << 18  # bytes
+
 
 def place_arrays(
     tree: Any,
@@ -59,9 +61,9 @@ def place_arrays(
             raise InputError(f"{source}: {wrong} has dtype {arrays[wrong].dtype}, expected floating point")
         if not rule.placeholders:
             placed[path] = _place(arrays[names[0]], rule.axes, leaf.shape, dtype, shardings[path])
-        elif len(rule.placeholders) == 1:
+        elif len(rule.placeholders) == 1 and leaf.size * dtype.itemsize > _SMALL:
             placed[path] = _place_layers([arrays[n] for n in names], rule, leaf.shape, dtype, shardings[path])
-        else:  # experts within layers: small, so read whole
+        else:  # small, and so are experts within layers: put together on the host, which needs no compilation
             whole = np.stack([arrays[name].read() for name in names]).reshape(rule.stacked_shape(leaf.shape))
             content = rule.to_leaf(whole).astype(dtype)
             placed[path] = jax.make_array_from_callback(leaf.shape, shardings[path], content.__getitem__)
