@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_jax.errors import InputError, NonFiniteError, nearest
+from tove_jax.files.compiled import keep_compiled
 
 # Command -> module; loaded only when called, so that `tove --help` starts no JAX.
 COMMANDS = {
@@ -23,6 +24,7 @@ COMMANDS = {
     "detach": "detach",
     "merge": "merge",
     "compare": "compare",
+    "sweep": "sweep",
     "plan": "plan",
     "export": "export",
     "verify": "verify",
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tove: no command '{command}'{nearest(command, COMMANDS)}", file=sys.stderr)
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    keep_compiled()
     module, parser = parser_of(command)
     overrides = [word for word in rest if parser.epilog and word.startswith("--config.")]
     args = parser.parse_args([word for word in rest if word not in overrides])

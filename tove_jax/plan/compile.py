@@ -127,6 +127,8 @@ def _spelt(topology: Topology) -> str:
 def environment_of(topology: Topology) -> dict[str, str]:
     """Returns the environment variables of a process that compiles for a topology."""
     chosen = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "2"}
+    # Programs for chips that are not there cannot be read back from the cache, and the time to compile is reported.
+    chosen["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if topology.chip.platform == "tpu":
         # The library asks the machine what it is, unless told.
         types = {"v5e": "v5litepod", "v6e": "v6e", "v5p": "v5p", "tpu7x": "tpu7x"}
