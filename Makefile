@@ -1,18 +1,23 @@
 # make demo: the whole road on real pictures with real experts.   make test: the tests.
+# make demo-vlm: a language model learns to answer about the demo's pictures, with four encoders.
 PYTHON ?= python3
 VENV ?= .venv
 METHOD ?= move_kd
 WORKDIR ?= runs/demo$(if $(filter move_kd,$(METHOD)),,_$(METHOD))
 SEEDS ?= 1 2
+VLM ?= runs/vlm
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-seeds test lint docs clean
+.PHONY: demo demo-seeds demo-vlm test lint docs clean
 
 demo: $(VENV)/demo.done
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh "$(METHOD)" "$(WORKDIR)"
 
 demo-seeds: demo
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo_seeds.sh "$(METHOD)" "$(WORKDIR)" $(SEEDS)
+
+demo-vlm: $(VENV)/demo.done
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo_vlm.sh "$(VLM)" runs/demo
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest $(TESTS)
