@@ -279,6 +279,10 @@ def test_a_damaged_picture_is_named_and_the_rest_is_kept(task, tmp_path):
 
 def test_the_table(task, tmp_path):
     found = answers.table([evaluate(task, tmp_path, resamples=50)]).splitlines()
-    assert found[0].split("|")[1:4] == [" task ", " metric           ", " value "]
+    assert found[0].split("|")[1:4] == [" task ", " metric    ", " value "]
     assert found[2].split() == ["|", "pope", "|", "f1_mean", "|", "100.0", "|", "|", "12", "|"]
-    assert any("accuracy/random" in line and "100.0 to 100.0" in line for line in found)
+    assert any("accuracy" in line and "100.0 to 100.0" in line for line in found)
+    assert not any("random" in line for line in found)  # the only category
+    write_pope(tmp_path / "pope", kind="popular")
+    both = open_task(parse_wanted(f"pope@both={tmp_path / 'pope'}"))
+    assert any("f1/popular" in line for line in answers.table([evaluate(both, tmp_path)]).splitlines())

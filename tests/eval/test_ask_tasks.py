@@ -54,6 +54,7 @@ def test_results_go_beside_the_runs_unless_told(model, tmp_path, monkeypatch):
     [
         (["--tasks", "pop=x", "--model", "m"], "did you mean 'pope'"),
         (["--tasks", "pope=none.json", "--model", "m"], "none.json cannot be read"),
+        (["--tasks", "held_out", "--model", "m"], "m/checkpoints: no checkpoints here"),
         (["--tasks", "pope=x"], "expected --model, or --workdir"),
         (["--tasks", "pope=x", "--model", "m", "--seeds", "a"], "--seeds: expected none beside --tasks"),
     ],

@@ -154,12 +154,13 @@ def evaluate_answers(
 
 
 def _settings(task: Task, decoding: Decoding, model: str) -> dict[str, Any]:
-    if task.mode == "write":
-        how: dict[str, Any] = dataclasses.asdict(decoding)
-        how["ends"] = list(how["ends"])
-    else:
-        how = {"mean": task.mean}
-    return {"model": model, "mode": task.mode, **how}
+    """Returns what answers depend on; of the decoding what is not usual, so that further settings change no file."""
+    if task.mode != "write":
+        return {"model": model, "mode": task.mode, "mean": task.mean}
+    usual = dataclasses.asdict(Decoding(new_tokens=1))
+    how = {name: value for name, value in dataclasses.asdict(decoding).items() if value != usual[name]}
+    how = {name: list(value) if isinstance(value, tuple) else value for name, value in how.items()}
+    return {"model": model, "mode": task.mode, **how, "new_tokens": decoding.new_tokens}
 
 
 def _answer(
@@ -285,8 +286,9 @@ def table(results: Sequence[Result]) -> str:
     rows = [("task", "metric", "value", "95 % interval", "questions")]
     for result in results:
         shown = [name for name in result.metrics if not _is_beside(name, result.metrics)]
-        if len(shown) > _SHOWN:
-            shown = [name for name in shown if name.rpartition("/")[0] not in result.metrics or name == result.main]
+        grouped = [name for name in shown if "/" in name and name.partition("/")[0] in result.metrics]
+        if len(shown) > _SHOWN or len({name.partition("/")[2] for name in grouped}) == 1:
+            shown = [name for name in shown if name not in grouped or name == result.main]
         shown.sort(key=lambda name: name != result.main)
         if not shown:
             rows.append((result.task, "right answers are secret", "", "", f"{result.questions:,}"))

@@ -18,6 +18,7 @@ from tove_jax.parallel import together
 from tove_jax.train.checkpoint import load_settings
 from tove_jax.train.handover import is_run
 
+OWN = "held_out"
 _ENDS = 2**16
 
 
@@ -93,7 +94,7 @@ def ask_tasks(
 
     Args:
       model: that answers.
-      wanted: tasks, see `tasks.registry.parse_wanted`.
+      wanted: tasks, see `tasks.registry.parse_wanted`; ``held_out`` alone takes the model's own run.
       workdir: where results go; None: the run's folder, or ``runs/<name>`` for a Hugging Face folder.
       options: how the tasks are asked.
       limit, batch, resamples, overwrite: see `evaluate_answers`.
@@ -106,6 +107,10 @@ def ask_tasks(
     Raises:
       InputError: no such task or file, a model that cannot be opened, what `evaluate_answers` refuses.
     """
+    # A run is asked about its own pictures unless told.
+    wanted = [
+        f"{text}={model.folder}" if text.partition("@")[0] == OWN and "=" not in text else text for text in wanted
+    ]
     options, parsed = options or Options(), [parse_wanted(text) for text in wanted]
     check_names(parsed)
     if workdir is None:

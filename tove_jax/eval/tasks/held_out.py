@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tove_jax.config.schema import Config
 from tove_jax.data import make_source
 from tove_jax.data.conversation import IMAGE
 from tove_jax.data.dialogue import dialogues_of
@@ -34,7 +35,11 @@ def read(run: Path) -> tuple[Any, list[Question]]:
     Raises:
       InputError: no such run, or one that held nothing out.
     """
-    config, _ = load_settings(run)
+    return of_config(load_settings(run)[0], run)
+
+
+def of_config(config: Config, run: Path) -> tuple[Any, list[Question]]:
+    """Opens what `read` opens, of settings that may differ from the run's own in where pictures lie."""
     source = make_source(config.data)
     sides = split(source.ids, config.data.held_out, salt=config.data.split_salt, limit=config.data.limit)
     if isinstance(source, OpenMojiQuestions):

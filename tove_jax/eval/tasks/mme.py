@@ -74,7 +74,7 @@ def _lines(path: Path) -> list[tuple[str, str]]:
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            asked, _, answer = line.partition("\t")
+            asked, _, answer = line.rstrip().rpartition("\t")
             if not asked.strip() or answer.strip().lower() not in ("yes", "no"):
                 raise InputError(f"{path}, line {number}: expected question, tab, Yes or No, found {line[:60]!r}")
             found.append((asked.strip(), answer.strip().lower()))

@@ -98,12 +98,13 @@ def asked(question: str, request: str, prompts: str) -> str:
 
 def _published(kind: str) -> Callable[[Files, Options], tuple[Any, list[Question]]]:
     def read(files: Files, options: Options) -> tuple[Any, list[Question]]:
-        pictures, questions = NamedPictures(files.images or split_parts(files.path)[0].parent), []
+        file, questions = split_parts(files.path)[0], []
+        pictures = NamedPictures(files.images or (file if file.is_dir() else file.parent))
         for record in read_records(kind, files.path, annotations=files.annotations):
             shown = () if record.picture is None else (pictures.picture(record.picture),)
             prompt = asked(prompt_of(kind, record, request=False), SETS[kind].request, options.prompts)
             questions.append(Question(record.id, shown, prompt, record.answers, record.choices, record.group))
-        pictures.close_list(split_parts(files.path)[0])
+        pictures.close_list(file)
         return pictures, questions
 
     return read
