@@ -165,6 +165,16 @@ def test_accumulation_and_meshes_give_the_same_step(prepared, talks, tmp_path):
             assert (difference < 1e-5).mean() > 0.99, (name, path)
 
 
+def test_experts_may_run_in_the_step(prepared, talks, tmp_path):
+    """Several pictures a row, in half precision, one expert computed in place of read: nearly the same losses."""
+    more = ("--config.train.dtype=bfloat16", "--config.train.steps=1", "--config.student.adapter.dropout=0")
+    stored = on_one(settings(prepared, talks, "mixed", *STAGE_2, *more), tmp_path / "stored")[0]
+    computed = settings(prepared, talks, "mixed", *STAGE_2, *more, "--config.features.online=('clip',)")
+    found = on_one(computed, tmp_path / "online")[0]
+    for name in ("loss/text", "loss/kd"):
+        assert found[name] == pytest.approx(stored[name], rel=0.01)
+
+
 def test_hawaii_reads_the_questions(prepared, talks, tmp_path):
     """Its scores depend on the instruction, and the text head learns from them."""
     config = settings(

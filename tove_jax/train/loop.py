@@ -45,7 +45,7 @@ from tove_jax.train.handover import handed_language, handed_vocabulary
 from tove_jax.train.initial import initial_parameters, initial_state
 from tove_jax.train.language import LanguageSide, initial_language, open_language, read_pictures
 from tove_jax.train.metrics import MetricWriter, progress_bar, update_summary
-from tove_jax.train.objective import count, make_loss, weigh_text
+from tove_jax.train.objective import by_picture, count, make_loss, weigh_text
 from tove_jax.train.optimizer import make_optimizer
 from tove_jax.train.state import TrainState
 from tove_jax.train.step import make_step
@@ -120,7 +120,13 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
         _announce(config, state, mesh, latest, online)
         loss = make_loss(config, manifests | dict(online.manifests), None if side is None else side.model)
         step = jax.jit(
-            make_step(config, loss, optimizer, online.prepare, None if side is None else weigh_text),
+            make_step(
+                config,
+                loss,
+                optimizer,
+                lambda experts, batch: online.prepare(experts, by_picture(batch)),
+                None if side is None else weigh_text,
+            ),
             donate_argnums=0,
             in_shardings=(shardings, batch_sharding(mesh), online.shardings(mesh)),
             out_shardings=(shardings, replicated(mesh)),

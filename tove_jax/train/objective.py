@@ -57,10 +57,8 @@ def make_loss(config: Config, manifests: Mapping[str, Manifest], language: Langu
         return found if known is None else standardized(config, name, known, found)
 
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        text = batch.get("text")
-        rows = batch["mask"].shape[0]
-        if batch["mask"].ndim == 2:
-            batch = _by_picture(batch)
+        text, batch = batch.get("text"), by_picture(batch)
+        rows = batch["mask"].shape[0] if text is None else text["labels"].shape[0]
         features = {name: _features(name, payload) for name, payload in batch["features"].items()}
         pixels = view.normalize(batch["pixels"])
         outputs = method.forward(student, params, pixels, features, config, key)
@@ -82,8 +80,10 @@ def make_loss(config: Config, manifests: Mapping[str, Manifest], language: Langu
     return loss
 
 
-def _by_picture(batch: Batch) -> Batch:
-    """Makes rows of the pictures (B, I, ...) of each row; the text stays as it is."""
+def by_picture(batch: Batch) -> Batch:
+    """Makes rows of the pictures (B, I, ...) of each row where a row has several; the text stays as it is."""
+    if batch["mask"].ndim == 1:
+        return batch
     return {
         name: value if name == "text" else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), value)
         for name, value in batch.items()
