@@ -14,6 +14,7 @@ one (merged: the run of its row is distilled into a plain tower). Its folders lo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -156,6 +157,7 @@ def run_sweep(
     extract: Callable[..., Any] = extract_all,
     ground: Callable[[Config, Path], Ground] = prepare_ground,
     progress: bool = True,
+    part: bool = False,
 ) -> int:
     """Makes the start and what the rows' experts lack, then trains and judges every run that is not done.
 
@@ -171,13 +173,14 @@ def run_sweep(
       extract: as `tove_jax.experts.run.extract_all`.
       ground: judges what all rows share, see `prepare_ground`.
       progress: show bars.
+      part: others are at work on other runs of the same folder; the start is made by whoever comes first.
 
     Returns:
       0 when all runs are done, else the status of the training that was stopped.
 
     Raises:
-      InputError: another process is at work in the folder, a run there has other settings, or what training
-        and evaluation raise.
+      InputError: another process is at work in the folder, or on one of the runs, a run there has other settings,
+        or what training and evaluation raise.
       NonFiniteError: from training; the runs done before it are kept.
     """
     workdir = Path(workdir)
@@ -185,14 +188,21 @@ def run_sweep(
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workdir: cannot make {workdir}: {error.strerror}") from None
-    with claim(workdir / "compare.lock") as mine:
-        if not mine:
+    with contextlib.ExitStack() as claims:
+        if not part and not claims.enter_context(claim(workdir / "compare.lock")):
             raise InputError(f"{workdir}: another `tove compare` is at work here")
         runs = states(sweep, workdir)
+        for one in runs:
+            folder = run_folder(workdir, one.row, one.seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not claims.enter_context(claim(folder / "run.lock")):
+                raise InputError(f"{folder}: another process is at work here")
         if all(one.done for one in runs):
             return 0
-        if status := _make_start(sweep, workdir, train, extract, progress):
-            return status
+        with claim(workdir / "compare-start.lock", wait=True):
+            if status := _make_start(sweep, workdir, train, extract, progress):
+                return status
+            start_folder(_shared_config(sweep, workdir), workdir)
         shared = _prepare(sweep, workdir, extract, ground, progress)
         for number, (row, seed, *_) in enumerate(runs, 1):
             # Asked again: the run that a derived one was made of may have answered otherwise this time.
@@ -254,24 +264,30 @@ def _prepare(
     ground: Callable[[Config, Path], Ground],
     progress: bool,
 ) -> Ground:
-    """Makes the start, and the features of every expert that a row learns from, and judges them, once for all rows."""
+    """Makes the features of every expert that a row learns from, and judges them, once for all rows."""
+    config = _shared_config(sweep, workdir)
+    extract(config, workdir, progress=progress)
+    shared = ground(config, workdir)
+    with claim(workdir / "references.lock", wait=True):
+        # Parts of a sweep judge the experts of their own rows, and add them to what the others found.
+        metrics = read_references(sweep, workdir) | dict(shared.metrics)
+        record = {"format": FORMAT, "config": ground_hash(config), "metrics": metrics}
+        atomic_write_json(workdir / "references.json", record)
+    return shared
+
+
+def _shared_config(sweep: Sweep, workdir: Path) -> Config:
+    """Returns settings with every expert that a row learns from; the seed of the start is the file's."""
     specs: dict[str, None] = {}
     for row in sweep.rows:
         read = methods.get(row.config.method.name).training_experts(row.config)
         specs.update(dict.fromkeys(chosen_experts(row.config, read).values()))
     row = sweep.rows[0]
-    # The seed of the start is the file's, whichever seeds are compared.
-    config = dataclasses.replace(
+    return dataclasses.replace(
         run_config(workdir, row, row.config.train.seed),
         student=row.config.student,
         features=dataclasses.replace(row.config.features, experts=tuple(specs)),
     )
-    start_folder(config, workdir)
-    extract(config, workdir, progress=progress)
-    shared = ground(config, workdir)
-    record = {"format": FORMAT, "config": ground_hash(config), "metrics": dict(shared.metrics)}
-    atomic_write_json(workdir / "references.json", record)
-    return shared
 
 
 def read_references(sweep: Sweep, workdir: Path | str) -> dict[str, float]:
