@@ -78,14 +78,14 @@ def look(
     if longest > chat.limit:
         raise InputError(f"look: expected at most {chat.limit} tokens with the answer, found {longest}")
     length = min(-(-longest // _MULTIPLE) * _MULTIPLE, chat.limit)
-    ids, mask = pad_rows(rows, pad=chat.tokenizer.pad, side="right", multiple=length)
+    ids, mask = pad_rows([row.tolist() for row in rows], pad=chat.tokenizer.pad, side="right", multiple=length)
     learned = mask & (np.arange(length) >= np.array(first)[:, None])
     most, width = max(sum(map(len, row)) for row in seen), seen[0][0].shape[-1]
     joined = np.zeros((len(rows), most, width), np.float32)
     there = np.zeros((len(rows), most), bool)
     for place, row in enumerate(seen):
-        tokens = np.concatenate(row)
-        joined[place, : len(tokens)], there[place, : len(tokens)] = tokens, True
+        every = np.concatenate(row)
+        joined[place, : len(every)], there[place, : len(every)] = every, True
     whole = (ids, np.where(learned, ids, IGNORED), joined, there)
     found = []
     for start in range(0, len(rows), _ROWS):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tove_jax.errors import InputError
+from tove_jax.report.asked import Asked, TaskScores, read_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,8 @@ class RunData:
       provenance: hashes and origins from the checkpoint.
       versions: of the software that made the page.
       pictures: maps.
+      tasks: answered ones.
+      asked: pictures with what the run's model answers about them.
       missing: what could not be shown: section to the reason and the command that helps.
     """
 
@@ -107,6 +110,8 @@ class RunData:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     pictures: tuple[PictureMaps, ...] = ()
+    tasks: tuple[TaskScores, ...] = ()
+    asked: tuple[Asked, ...] = ()
     missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -198,6 +203,9 @@ def collect(workdir: Path | str, **known: Any) -> RunData:
     predictions = read_json(workdir / "eval" / "predictions.json")
     if not predictions:
         missing["predictions"] = "eval/predictions.json is missing; run `tove eval`."
+    tasks = read_scores(workdir)
+    if not tasks:
+        missing["tasks"] = f"Ask it about what it held out: `tove eval --model={workdir} --tasks held_out={workdir}`."
     experts = known.pop("experts", None)
     if experts is None:
         rows = {name for row in history[-1:] for name in row}
@@ -210,6 +218,7 @@ def collect(workdir: Path | str, **known: Any) -> RunData:
         "history": history,
         "predictions": predictions,
         "detach": read_json(workdir / "eval" / "detach.json"),
+        "tasks": tasks,
         "versions": versions(),
         "missing": {**missing, **known.pop("missing", {})},
     }

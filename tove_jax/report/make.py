@@ -15,7 +15,7 @@ from tove_jax.experts import registry
 from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.run import as_viewed, chosen_experts, load_options, store_path
 from tove_jax.files.atomic import atomic_write_bytes
-from tove_jax.report import maps, page
+from tove_jax.report import looks, maps, page
 from tove_jax.report.collect import ExpertFacts, collect
 from tove_jax.train.checkpoint import load_student
 from tove_jax.train.initial import start_parameters
@@ -64,7 +64,8 @@ def make_report(workdir: Path | str, config: Config | None = None, *, pictures: 
       workdir: the run's folder.
       config: places and evaluation settings, as for `evaluate_run`; and the settings shown while
         there is no checkpoint.
-      pictures: held-out pictures, and photographs, shown with maps; 0: none.
+      pictures: held-out pictures, and photographs, shown with maps; with a language model twice as many with a
+        question; 0: none.
 
     Returns:
       The page's path.
@@ -99,6 +100,11 @@ def make_report(workdir: Path | str, config: Config | None = None, *, pictures: 
             known["pictures"] = maps.make_maps(config, params, start, workdir, chosen)
         except InputError as error:
             missing["pictures"] = str(error)
+    if params is not None and config is not None and config.language.kind != "none" and pictures:
+        try:
+            known["asked"] = looks.make_asked(config, workdir, 2 * pictures)
+        except InputError as error:
+            missing["asked"] = str(error)
     run = collect(workdir, missing=missing, **known)
     path = workdir / "report.html"
     atomic_write_bytes(path, page.render(run).encode("utf-8"))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tove_jax.config import schema
 from tove_jax.report import plots
+from tove_jax.report.asked import task_tables
 from tove_jax.report.collect import PictureMaps, RunData
 from tove_jax.report.scores import (
     TASKS,
@@ -31,7 +32,7 @@ from tove_jax.report.scores import (
     seeds,
     tiles,
 )  # fmt: skip
-from tove_jax.report.usage import COLLAPSED, charts, detaching, routers, sections, waiting
+from tove_jax.report.usage import COLLAPSED, answering, charts, detaching, routers, sections, waiting
 
 
 def data_uri(image: np.ndarray) -> str:
@@ -93,6 +94,19 @@ def _gallery(pictures: Sequence[PictureMaps], group: str, experts: Sequence[str]
     return {"columns": columns, "rows": rows} if rows else None
 
 
+def _cards(run: RunData) -> list[dict[str, Any]]:
+    """Returns what the page shows of each question about a picture."""
+    return [
+        {
+            "asked": one,
+            "image": data_uri(one.image),
+            "look": None if one.look is None else data_uri(one.look),
+            "chance": "" if one.chance is None else f"{100 * one.chance:.0f} %",
+        }
+        for one in run.asked
+    ]
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     result = {}
     for name, value in values.items():
@@ -132,6 +146,9 @@ def _lead(run: RunData) -> str:
         text = f"{what} distilled from {_count(experts, 'frozen expert')}{by}."
     else:
         text = f"{what}{by}."
+    language = run.config.get("language", {})
+    if language.get("kind", "none") != "none":
+        text += f" A language model of {language['layers']} layers and width {language['width']} reads its tokens."
     if run.history:
         text += f" {plots.number(float(run.history[-1]['step'] or 0))} steps"
         if run.config.get("train", {}).get("batch"):
@@ -238,6 +255,9 @@ def render(run: RunData) -> str:
         attention=_gallery(run.pictures, "attention", run.experts),
         weights=_gallery(run.pictures, "weights", run.experts),
         components=_gallery(run.pictures, "components", run.experts),
+        answering=answering(run),
+        tasks_told=task_tables(run.tasks),
+        cards=_cards(run),
         settings=_settings(run),
         photographs=_photographs(run.pictures),
         provenance=_flat(run.provenance),

@@ -281,6 +281,80 @@ def place_chart(
     return _svg(width, height, alt, body, "line")
 
 
+def cluster_chart(
+    places: Sequence[str],
+    curves: Sequence[Curve],
+    alt: str,
+    *,
+    references: Sequence[float | None] = (),
+    width: int = 520,
+    height: int = 270,
+) -> str:
+    """Draws shares (0 to 1) as bars from zero, a cluster a place, a bar a curve, with their intervals.
+
+    Args:
+      places: words below each cluster.
+      curves: values by place, NaN for none; named above, in their colours, where they have names.
+      alt: what the chart shows.
+      references: of each place, a dashed line across its cluster; None for none.
+      width: of the drawing.
+      height: of the drawing, without the names above.
+
+    Returns:
+      An ``<svg>`` element.
+    """
+    everything = [value for one in curves for values in (one.values, one.high) for value in values]
+    everything += [value for value in references if value is not None]
+    marks = [mark for mark in ticks(0.0, max([0.1, *(v for v in everything if math.isfinite(v))])) if mark <= 1 + 1e-9]
+    high = max([marks[-1], *(value for value in everything if math.isfinite(value))])
+    left, right, bottom, top = 52, 12, 34, 12
+    body, pen = [], float(left)
+    for one in curves:
+        if one.name:
+            room = 30 + 7.3 * len(one.name)
+            if pen + room > width and pen > left:
+                pen, top = float(left), top + 18
+            body.append(f'<rect x="{pen:.1f}" y="{top - 10}" width="10" height="10" style="fill:{one.colour}"/>')
+            body.append(_text(pen + 15, top, one.name, "tick"))
+            pen += room
+    top += 18 if pen > left else 0
+    height += top - 12
+    pitch = (width - left - right) / max(1, len(places))
+    bar = min(34.0, 0.8 * pitch / max(1, len(curves)))
+
+    def up(value: float) -> float:
+        return height - bottom - (height - top - bottom) * value / high
+
+    for mark in marks:
+        body.append(f'<line x1="{left}" x2="{width - right}" y1="{up(mark):.1f}" y2="{up(mark):.1f}" class="grid"/>')
+        body.append(_text(left - 8, up(mark) + 4, f"{100 * mark:.0f} %", "tick", "end"))
+    for place, words in enumerate(places):
+        middle = left + pitch * (place + 0.5)
+        first = middle - bar * len(curves) / 2
+        for number, one in enumerate(curves):
+            value = one.values[place]
+            if not math.isfinite(value):
+                continue
+            x, said = first + bar * number, html.escape(f"{one.name} {words}: {100 * value:.1f} %".strip())
+            interval = ""
+            if one.low:
+                ends = f'y1="{up(one.low[place]):.1f}" y2="{up(one.high[place]):.1f}"'
+                interval = (
+                    f'<line x1="{x + bar / 2:.1f}" x2="{x + bar / 2:.1f}" {ends} '
+                    'style="stroke:var(--ink);stroke-width:1.5"/>'
+                )
+            body.append(
+                f'<g><title>{said}</title><rect x="{x + 1:.1f}" y="{up(value):.1f}" width="{bar - 2:.1f}" '
+                f'height="{up(0) - up(value):.1f}" style="fill:{one.colour}"/>{interval}</g>'
+            )
+        reference = references[place] if references else None
+        if reference is not None:
+            ends = f'x1="{first - 3:.1f}" x2="{middle + bar * len(curves) / 2 + 3:.1f}"'
+            body.append(f'<line {ends} y1="{up(reference):.1f}" y2="{up(reference):.1f}" class="reference"/>')
+        body.append(_text(middle, height - bottom + 18, words, "name", "middle"))
+    return _svg(width, height, alt, body, "bars")
+
+
 def dot_chart(rows: Sequence[Bar], alt: str, *, reference: tuple[str, float] | None = None, width: int = 520) -> str:
     """Draws accuracies (0 to 1) as dots with their 95 % intervals, one row each.
 

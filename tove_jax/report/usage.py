@@ -52,6 +52,23 @@ def charts(run: RunData) -> dict[str, str]:
     add("loss", labels, tints, "Loss and its parts over steps.", logarithmic=True)
     rate = {"perf/images_per_s": ""} if "perf/images_per_s" in keys else {}
     add("rate", rate, {"perf/images_per_s": "var(--student)"}, "Pictures trained a second over steps.", from_zero=True)
+    if "text/accuracy" in keys:
+        alone = {"loss/text": ""} if "loss/text" in keys else {}
+        add("text_loss", alone, {"loss/text": "var(--student)"}, "Text loss over steps.", from_zero=True)
+        right = {"text/accuracy": ""}
+        alt = "Share of learned tokens that were the likeliest, over steps."
+        add("text_accuracy", right, {"text/accuracy": "var(--student)"}, alt, from_zero=True)
+        rows = {
+            key: said for key, said in {"text/learned": "learned", "text/padding": "padding"}.items() if key in keys
+        }
+        tints = {"text/learned": "var(--student)", "text/padding": "var(--muted)"}
+        add(
+            "text_rows",
+            rows,
+            tints,
+            "Shares of all positions that are learned, and padding, over steps.",
+            from_zero=True,
+        )
     error = {"merge/error": ""} if "merge/error" in keys else {}
     alt = "Squared error of the merged tower's tokens over the variance of the source's, over steps."
     add("merge_error", error, {"merge/error": "var(--student)"}, alt, logarithmic=True)
@@ -239,11 +256,17 @@ def detaching(run: RunData) -> dict[str, Any] | None:
     }
 
 
+def answering(run: RunData) -> bool:
+    """Returns whether a run has a language model, or was asked all the same."""
+    return run.config.get("language", {}).get("kind", "none") != "none" or bool(run.tasks or run.asked)
+
+
 def sections(run: RunData) -> list[tuple[str, str]]:
     """Returns the page's sections, id and heading in the bar; a run without settings has those of MoVE-KD."""
     name = method_name(run)
     adapter = run.config.get("student", {}).get("adapter", {}).get("kind", "")
     shown = [("numbers", "Numbers")]
+    shown += [("answers", "Answers")] if answering(run) else []
     shown += [("merge", "Merging")] if name == "merge" else []
     shown += [("training", "Training")]
     shown += [("experts", "Gate" if name == "tove" else "Experts")] if name != "merge" else []
