@@ -73,8 +73,8 @@ def meshes(config: Config, topology: Topology) -> Iterator[tuple[int, int, int]]
     devices, batch = topology.devices, config.train.batch // config.train.accumulation
     slices = topology.slices if topology.chip.platform == "tpu" else 1
     heads = config.student.heads
-    if config.language.kind == "llava":
-        heads = math.gcd(heads, config.language.kv_heads)
+    if config.language.kind != "none":
+        heads = math.gcd(heads, config.language.kv_heads if config.language.kind == "llava" else config.language.heads)
     for tensor in (size for size in range(1, 17) if heads % size == 0 and devices % size == 0):
         rest = devices // tensor
         for fsdp in (size for size in range(rest, 0, -1) if rest % size == 0):
