@@ -34,17 +34,22 @@ def overrides(folder, *more, method="move_kd"):
     ]
 
 
+def make_pictures(folder):
+    """Puts 24 pictures of three labels into ``pictures``."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        path = folder / "pictures" / f"label{number % 3}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A folder with ``pictures``, ``features`` and ``start``."""
     from tove_jax.experts.run import extract_all
 
     folder = tmp_path_factory.mktemp("prepared")
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        path = folder / "pictures" / f"label{number % 3}" / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    make_pictures(folder)
     config = from_file(str(ROOT / "configs/demo.py:smoke"), overrides(folder))
     extract_all(config, folder, progress=False)
     return folder
