@@ -18,3 +18,11 @@ for encoder in start distilled text both; do
     run train "${config[@]}"
     run eval --tasks "held_out=$folder" "--model=$folder" "--workdir=$folder" --prompts=plain --batch=64
 done
+echo "answers of the four, and their differences:"
+run report --answers "$workdir"/{start,distilled,text,both} "--workdir=$workdir"
+run report "--workdir=$workdir/both"
+run export --format=llava "--workdir=$workdir/both"
+run verify "$workdir/both/llava"
+echo "Hugging Face folder: $workdir/both/llava"
+echo "table and plot:      $workdir"
+echo "report:              $workdir/both/report.html"
