@@ -25,12 +25,12 @@ from tove_jax.experts.run import as_stored, as_viewed, chosen_experts
 from tove_jax.experts.spectrum import Basis
 from tove_jax.models.vit import from_config
 from tove_jax.parallel import check_replication, map_paths
-from tove_jax.parallel.sharding import batch_sharding, replicated
+from tove_jax.parallel.sharding import batch_sharding
 from tove_jax.train.initial import state_builder, state_shardings
 from tove_jax.train.language import abstract_language
-from tove_jax.train.objective import DTYPES, make_loss, make_student, weigh_text
+from tove_jax.train.objective import DTYPES, make_student, training_step
 from tove_jax.train.state import TrainState
-from tove_jax.train.step import make_step
+from tove_jax.train.step import jit_step
 
 
 class AbstractRun(NamedTuple):
@@ -73,8 +73,7 @@ def abstract_run(config: Config, length: int | None = None) -> AbstractRun:
         params["language"] = side[1]
     build, optimizer = state_builder(config, params)
     state = jax.eval_shape(build, params)
-    loss = make_loss(config, stored | dict(online.manifests), None if side is None else side[0])
-    step = make_step(config, loss, optimizer, online.prepare, None if side is None else weigh_text)
+    step = training_step(config, stored, online, None if side is None else side[0], optimizer)
     return AbstractRun(step, state, abstract_batch(config, stored, online, length), online.params, online)
 
 
@@ -238,13 +237,11 @@ def on_mesh(config: Config, run: AbstractRun, mesh: Mesh) -> tuple[Any, Any, Any
 
 def lower(config: Config, run: AbstractRun, mesh: Mesh) -> Any:
     """Lowers the step for a mesh, as `tove_jax.train.loop` jits it."""
-    state, batch, experts = on_mesh(config, run, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, experts))
+    given = on_mesh(config, run, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (given[0], given[2]))
     with jax.set_mesh(mesh):
-        step = jax.jit(
-            run.step, donate_argnums=0, in_shardings=shardings, out_shardings=(shardings[0], replicated(mesh))
-        )
-        return step.trace(state, batch, experts).lower()
+        step: Any = jit_step(run.step, shardings[0], shardings[1], mesh)
+        return step.trace(*given).lower()
 
 
 def tree_bytes(tree: Any, *, sharded: bool = False) -> int:

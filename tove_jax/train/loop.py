@@ -39,16 +39,16 @@ from tove_jax.experts.store import FeatureStore
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.start import start_folder
 from tove_jax.parallel import check_replication, make_mesh, shard_batch, together
-from tove_jax.parallel.sharding import batch_sharding, batch_share, replicated
+from tove_jax.parallel.sharding import batch_share
 from tove_jax.train.checkpoint import Checkpoints, settings_of
 from tove_jax.train.handover import handed_language, handed_vocabulary
 from tove_jax.train.initial import initial_parameters, initial_state
 from tove_jax.train.language import LanguageSide, initial_language, open_language, read_pictures
 from tove_jax.train.metrics import MetricWriter, progress_bar, update_summary
-from tove_jax.train.objective import by_picture, count, make_loss, weigh_text
+from tove_jax.train.objective import count, training_step
 from tove_jax.train.optimizer import make_optimizer
 from tove_jax.train.state import TrainState
-from tove_jax.train.step import make_step
+from tove_jax.train.step import jit_step
 
 
 def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequence[jax.Device] | None = None) -> int:
@@ -104,8 +104,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
             provenance["vocabulary"] = words.hash
         together.agree({f"weights/{name}": str(value) for name, value in provenance.items()})
         state, shardings, optimizer = initial_state(config, params, make_optimizer, mesh)
-        check_replication(state.trainable, mesh, config.train.replicated_limit_mb)
-        check_replication(state.frozen, mesh, config.train.replicated_limit_mb)
+        check_replication(state, mesh, config.train.replicated_limit_mb)
         experts = online.on(mesh)
         check_replication(experts, mesh, config.train.replicated_limit_mb)
         del params
@@ -118,19 +117,8 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
         if words is not None and not jax.process_index():
             words.write(workdir)
         _announce(config, state, mesh, latest, online)
-        loss = make_loss(config, manifests | dict(online.manifests), None if side is None else side.model)
-        step = jax.jit(
-            make_step(
-                config,
-                loss,
-                optimizer,
-                lambda experts, batch: online.prepare(experts, by_picture(batch)),
-                None if side is None else weigh_text,
-            ),
-            donate_argnums=0,
-            in_shardings=(shardings, batch_sharding(mesh), online.shardings(mesh)),
-            out_shardings=(shardings, replicated(mesh)),
-        )
+        step = training_step(config, manifests, online, None if side is None else side.model, optimizer)
+        step = jit_step(step, shardings, online.shardings(mesh), mesh)
         try:
             run = _Run(config, workdir, mesh, batches, source.ids, checkpoints, provenance, progress)
             return run.go(lambda state, batch: step(state, batch, experts), state, latest or 0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from tove_jax import methods
 from tove_jax.adapters import mola, mole
@@ -16,13 +17,15 @@ from tove_jax.data.conversation import IGNORED
 from tove_jax.data.view import View
 from tove_jax.experts.base import ExpertFeatures
 from tove_jax.experts.manifest import Manifest
+from tove_jax.experts.online import Online
 from tove_jax.experts.run import standardized
 from tove_jax.experts.store import decode_features
 from tove_jax.language.loss import next_tokens
 from tove_jax.language.model import LanguageModel, text_loss
 from tove_jax.language.model import logical_axes as language_axes
 from tove_jax.models import vit
-from tove_jax.train.step import Batch, Loss
+from tove_jax.train.state import TrainState
+from tove_jax.train.step import Batch, Loss, make_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -102,6 +105,35 @@ def weigh_text(batch: Batch) -> Batch:
     weight = batch["mask"].sum() / jnp.maximum(learned, 1)
     rows = text["labels"].shape[0]
     return {**batch, "text": {**text, "weight": jnp.full((rows,), weight, jnp.float32)}}
+
+
+def training_step(
+    config: Config,
+    manifests: Mapping[str, Manifest],
+    online: Online,
+    language: LanguageModel | None,
+    optimizer: optax.GradientTransformation,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Puts a run's step together: what training runs, and what a plan compiles.
+
+    Args:
+      config: a whole run's settings.
+      manifests: of the stores that are read.
+      online: the experts that run in the step.
+      language: the modules of ``config.language``; None where its kind is ``none``.
+      optimizer: over the flat trainable tree.
+
+    Returns:
+      ``step(state, batch, experts) -> (state, metrics)``, see `tove_jax.train.step.make_step`.
+    """
+    loss = make_loss(config, {**manifests, **online.manifests}, language)
+    return make_step(
+        config,
+        loss,
+        optimizer,
+        lambda experts, batch: online.prepare(experts, by_picture(batch)),
+        None if language is None else weigh_text,
+    )
 
 
 def logical_axes(config: Config) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
