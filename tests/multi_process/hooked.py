@@ -1,6 +1,7 @@
 """`tove` with a hook on the training loop: writes which records each batch had, and may be slow.
 
 RECORDS: a folder, into which process I writes ``I-of-N.jsonl``, a line for each batch. SLOW: ``I:seconds`` a batch.
+DIFFER_I: a further argument of process I.
 """
 
 import json
@@ -16,14 +17,17 @@ def hook():
     fetch = loop._Run.fetch
     me, count = os.environ.get("JAX_PROCESS_ID", "0"), os.environ.get("JAX_NUM_PROCESSES", "1")
     slow, _, seconds = os.environ.get("SLOW", "").partition(":")
-    path = Path(os.environ["RECORDS"]) / f"{me}-of-{count}.jsonl"
+    path = Path(os.environ["RECORDS"]) / f"{me}-of-{count}.jsonl" if os.environ.get("RECORDS") else None
+    if path:
+        path.unlink(missing_ok=True)  # of an attempt before this one
 
     def hooked(self):
         if slow == me:
             time.sleep(float(seconds))
         found = fetch(self)
-        with path.open("a") as stream:
-            stream.write(json.dumps(found[1].tolist()) + "\n")
+        if path:
+            with path.open("a") as stream:
+                stream.write(json.dumps(found[1].tolist()) + "\n")
         return found
 
     loop._Run.fetch = hooked
@@ -32,7 +36,7 @@ def hook():
 if __name__ == "__main__":
     from tove_jax.cli.main import main
 
-    if os.environ.get("RECORDS"):
+    if os.environ.get("RECORDS") or os.environ.get("SLOW"):
         hook()
     if differ := os.environ.get(f"DIFFER_{os.environ.get('JAX_PROCESS_ID')}"):
         sys.argv.append(differ)

@@ -24,11 +24,12 @@ def assert_losses(workdir, single):
 
 def test_two_then_four_then_one(launch, workdir, single, tmp_path):
     """Two processes; four go on from the middle with shards of the parameters, one of them slow; one ends it."""
-    two = launch(2, "train", workdir, "--quiet", RECORDS=str(tmp_path / "records"))
+    # On a busy machine a process may compile half a minute longer than another, which is when Gloo gives up; so may CI.
+    two = launch(2, "train", workdir, "--quiet", restarts=2, RECORDS=str(tmp_path / "records"))
     status, _, err = two.wait()
     assert status == 0, err
     assert re.search(r"tove: process 1 of 2, coordinator 127.0.0.1:\d+ \(environment\)", err)
-    assert err.count("mesh {'data': 2, 'fsdp': 1, 'tensor': 1}") == 1
+    assert err.count("mesh {'data': 2, 'fsdp': 1, 'tensor': 1}") == 1 + err.count("starting again")
     assert_losses(workdir, single)
     whole = records(single / "records", 0, 1)
     halves = zip(*(records(tmp_path / "records", index, 2) for index in range(2)), strict=True)
@@ -37,7 +38,7 @@ def test_two_then_four_then_one(launch, workdir, single, tmp_path):
     for later in ("4", "6"):
         shutil.rmtree(workdir / "checkpoints" / later)
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
-    four = launch(4, "train", workdir, "--quiet", *mesh, SLOW="2:0.3", RECORDS=str(tmp_path / "records"))
+    four = launch(4, "train", workdir, "--quiet", *mesh, restarts=2, SLOW="2:0.3", RECORDS=str(tmp_path / "records"))
     status, _, err = four.wait()
     assert status == 0, err
     assert "resumed at step 2" in err

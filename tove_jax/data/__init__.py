@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 
 from tove_jax.config.schema import DataConfig
 from tove_jax.data.cache import cache_folder
 from tove_jax.data.picture import PictureSource
 from tove_jax.errors import InputError
+from tove_jax.files import remote
 
 _WITHOUT_PATH = ("openmoji", "openmoji_questions", "photographs")
 _QUESTIONS = ("vqav2", "gqa", "textvqa", "vizwiz", "pope", "vsr", "scienceqa")
@@ -35,6 +36,7 @@ def make_source(config: DataConfig) -> PictureSource:
         raise InputError(f"data.path: the source {config.source} needs a path, found none")
     if config.annotations and config.source not in _QUESTIONS:
         raise InputError(f"data.annotations: the source {config.source} takes none, found {config.annotations!r}")
+    config = _on_disk(config)
     if config.source == "openmoji":
         from tove_jax.data.openmoji import open_openmoji
 
@@ -55,7 +57,7 @@ def make_source(config: DataConfig) -> PictureSource:
         from tove_jax.data.webdataset import WebDatasetSource, expand_pattern
 
         return WebDatasetSource(expand_pattern(config.path), cache=cache_folder(config.cache))
-    images = config.images or str(Path(config.path).parent)
+    images = config.images
     if config.source == "llava":
         from tove_jax.data.llava import LlavaSource
 
@@ -67,3 +69,22 @@ def make_source(config: DataConfig) -> PictureSource:
     from tove_jax.data.vqa import VqaSource
 
     return VqaSource(config.source, config.path, images, config.annotations, blank_size=config.image_size)
+
+
+def _on_disk(config: DataConfig) -> DataConfig:
+    """Returns settings whose paths are on a disk: what lies in an object store is copied, see `files.remote`.
+
+    ``images`` is settled to the folder of ``path`` where it is left open. Of a pattern of tars, the folder is copied.
+    """
+    if config.source in _WITHOUT_PATH:
+        return config
+    cache = cache_folder(config.cache)
+    if config.source == "webdataset" and remote.is_remote(config.path):
+        path = str(remote.local(remote.parent(config.path), cache) / config.path.rpartition("/")[2])
+    else:
+        path = str(remote.local(config.path, cache))
+    images = config.images or remote.parent(config.path)
+    if config.source not in ("folder", "webdataset"):
+        images = str(remote.local(images, cache))
+    annotations = config.annotations and str(remote.local(config.annotations, cache))
+    return dataclasses.replace(config, path=path, images=images, annotations=annotations)

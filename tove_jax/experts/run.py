@@ -13,6 +13,7 @@ from tove_jax.config import specs
 from tove_jax.config.schema import Config
 from tove_jax.config.specs import expert_name
 from tove_jax.data import make_source
+from tove_jax.data.cache import cache_folder
 from tove_jax.data.picture import PictureSource
 from tove_jax.data.split import split
 from tove_jax.errors import InputError, nearest
@@ -24,6 +25,7 @@ from tove_jax.experts.runner import Runner
 from tove_jax.experts.shards import claim, writing
 from tove_jax.experts.statistics import fit_phi_s
 from tove_jax.experts.store import FeatureStore
+from tove_jax.files import remote
 from tove_jax.hf.start import start_folder
 
 FLIP_SUFFIX = "@flip"
@@ -58,9 +60,15 @@ def chosen_experts(config: Config, only: Collection[str] | None = None) -> dict[
 
 
 def store_path(config: Config, workdir: Path | str, name: str, *, flip: bool = False) -> Path:
-    """Returns the folder of an expert's store; ``flip`` for the one of mirrored pictures."""
+    """Returns the folder of an expert's store; ``flip`` for the one of mirrored pictures.
+
+    A store in an object store is copied first, see `tove_jax.files.remote`; where there is none, neither is the folder.
+    """
+    folder = name + FLIP_SUFFIX if flip else name
+    if remote.is_remote(config.features.path):
+        return remote.local(f"{config.features.path.rstrip('/')}/{folder}", cache_folder(config.data.cache), True)
     base = Path(config.features.path) if config.features.path else Path(workdir) / "features"
-    return base / (name + FLIP_SUFFIX if flip else name)
+    return base / folder
 
 
 def load_options(config: Config, workdir: Path, name: str) -> dict[str, Any]:
@@ -148,6 +156,10 @@ def extract_all(
     Raises:
       InputError: as `extract`; also an unknown expert, or one given twice.
     """
+    if remote.is_remote(config.features.path):
+        raise InputError(
+            f"config.features.path: {config.features.path} can be read but not written: extract into a folder, and copy it"
+        )
     chosen = chosen_experts(config, experts)
     chosen_codecs = {name: codecs.codec_of(config.features.codec, name) for name in chosen}
     if load is None:
