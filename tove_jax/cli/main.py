@@ -127,6 +127,8 @@ def _among_processes(module: Any, args: argparse.Namespace, overrides: list[str]
     except (InputError, OSError, NonFiniteError) as error:
         print(f"{where}: process {args.processes.index}: {error}", file=sys.stderr)
         together.leave(_status(error), str(error))
+    except KeyboardInterrupt:
+        together.leave(130, "interrupted")
     except Exception as error:
         together.lost(error)
     return 1

@@ -27,7 +27,8 @@ from tove_jax.errors import InputError
 LOST = 75
 """Exit status of a process that ends because another one did: the same command may be started again (EX_TEMPFAIL)."""
 _POLL_SECONDS = 1.0
-_WAIT_SECONDS = 600
+# Somebody's data may have to be copied first; one that died meanwhile is told by its heartbeat.
+_WAIT_SECONDS = 3600
 _STOPPED = "tove/stopped/"
 _SHOWN = 8
 
