@@ -81,7 +81,10 @@ def find(
     if given["process_count"] == 1:
         return Processes("one was asked for")
     if given["process_count"] is None and given["process_id"] is None and not flagged:
-        cluster = _slurm(environ) or _tpu(environ) or _kubernetes(environ)
+        try:
+            cluster = _slurm(environ) or _tpu(environ) or _kubernetes(environ)
+        except RuntimeError as error:  # such as rights that a pod does not have
+            raise InputError(f"several processes: {error}") from error
         if cluster is None:
             return Processes("no cluster in the environment")
         return dataclasses.replace(cluster, coordinator=given["coordinator"] or cluster.coordinator)
