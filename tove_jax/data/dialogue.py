@@ -77,7 +77,18 @@ class StoredDialogues(Sequence[Dialogue]):
         index = range(len(self))[index]
         said = json.loads(self._text[self._ends[index] : self._ends[index + 1]])
         turns = tuple({"from": said[at], "value": said[at + 1]} for at in range(0, len(said), 2))
-        return Dialogue(self._ids[index], tuple(self._pictures[self._counts[index] : self._counts[index + 1]]), turns)
+        return Dialogue(self._ids[index], self.pictures(index), turns)
+
+    def pictures(self, index: int) -> tuple[int, ...]:
+        """Returns the pictures of one conversation."""
+        return tuple(self._pictures[self._counts[index] : self._counts[index + 1]])
+
+
+def pictures_of(dialogues: Sequence[Dialogue], number: int) -> tuple[int, ...]:
+    """Returns the pictures of a conversation, without making its text where it is stored."""
+    if isinstance(dialogues, StoredDialogues):
+        return dialogues.pictures(number)
+    return dialogues[number].pictures
 
 
 def caption_dialogues(source: PictureSource) -> list[Dialogue]:

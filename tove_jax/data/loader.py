@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
+from tove_jax.data.dialogue import pictures_of
 from tove_jax.data.picture import PictureSource
 from tove_jax.data.texts import Texts
 from tove_jax.data.view import View
@@ -138,18 +139,19 @@ class _ByText:
         self.blank = None
         if pictured is not None and not pictured[indices].all():
             self.blank = int(np.flatnonzero(~pictured[indices])[0])
-        for number in texts.numbers:
-            dialogue = texts.dialogues[int(number)]
-            where = f"conversation {dialogue.id!r}"
-            if len(dialogue.pictures) > self.width:
+        for number in map(int, texts.numbers):
+            pictures = pictures_of(texts.dialogues, number)
+            known = self.position.keys() >= set(pictures)
+            if known and len(pictures) <= self.width and (pictures or self.blank is not None):
+                continue
+            where = f"conversation {texts.dialogues[number].id!r}"
+            if len(pictures) > self.width:
                 raise InputError(
-                    f"{where}: expected at most {self.width} pictures (config.text.pictures), found "
-                    f"{len(dialogue.pictures)}"
+                    f"{where}: expected at most {self.width} pictures (config.text.pictures), found {len(pictures)}"
                 )
-            if not set(dialogue.pictures) <= self.position.keys():
+            if not known:
                 raise InputError(f"{where}: one of its pictures is not among those that are read")
-            if not dialogue.pictures and self.blank is None:
-                raise InputError(f"{where}: has no picture, and the source has no blank one to read in its place")
+            raise InputError(f"{where}: has no picture, and the source has no blank one to read in its place")
 
     def __call__(self, step: int) -> tuple[list[Slot], dict[str, np.ndarray] | None]:
         epoch, planned = self.texts.planned(step)
@@ -159,7 +161,7 @@ class _ByText:
         for place in self.rows:
             numbers = [int(self.texts.numbers[number]) for number in shared[place]]
             rows.append(numbers)
-            pictures = [index for number in numbers for index in self.texts.dialogues[number].pictures]
+            pictures = [index for number in numbers for index in pictures_of(self.texts.dialogues, number)]
             found: list[Slot] = [(epoch, self.position[index]) for index in pictures]
             if numbers and not found and self.blank is not None:
                 found = [(epoch, self.blank)]

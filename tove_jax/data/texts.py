@@ -11,9 +11,8 @@ import numpy as np
 
 from tove_jax.config.schema import TextConfig
 from tove_jax.data.conversation import IMAGE, Encoded, encode, expand_images, get_template
-from tove_jax.data.dialogue import Dialogue
+from tove_jax.data.dialogue import Dialogue, pictures_of
 from tove_jax.data.language_batch import PlannedBatch, collate, plan_batches, plan_packed
-from tove_jax.data.lengths import picture_counts
 from tove_jax.data.tokenizer import Tokenizer
 from tove_jax.errors import InputError
 
@@ -59,7 +58,8 @@ class Texts:
     @functools.cached_property
     def pictures(self) -> np.ndarray:
         """Int32 (n,), pictures of each conversation."""
-        return picture_counts([self.dialogues[int(number)] for number in self.numbers])
+        counts = (len(pictures_of(self.dialogues, int(number))) for number in self.numbers)
+        return np.fromiter(counts, np.int32, len(self.numbers))
 
     @functools.cached_property
     def epoch_steps(self) -> int:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tove_jax.config.schema import Config, HawaiiConfig
 from tove_jax.data.cache import cache_folder
 from tove_jax.data.conversation import IMAGE, check_tokenizer, get_template
-from tove_jax.data.dialogue import Dialogue, dialogues_of
+from tove_jax.data.dialogue import Dialogue, dialogues_of, pictures_of
 from tove_jax.data.lengths import dialogue_lengths
 from tove_jax.data.picture import PictureSource
 from tove_jax.data.split import Split
@@ -82,8 +82,9 @@ def chosen_dialogues(source: PictureSource, sides: Split) -> tuple[list[int], li
     """
     train, held_out = set(map(int, sides.train)), set(map(int, sides.held_out))
     found: tuple[list[int], list[int]] = ([], [])
-    for number, dialogue in enumerate(dialogues_of(source)):
-        pictures = set(dialogue.pictures)
+    dialogues = dialogues_of(source)
+    for number in range(len(dialogues)):
+        pictures = set(pictures_of(dialogues, number))
         if pictures <= train:
             found[0].append(number)
         elif pictures <= held_out:
