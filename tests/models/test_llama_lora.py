@@ -28,7 +28,7 @@ def model():
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
     params = jax.tree.map(jnp.asarray, to_tree(draw(CONFIGS["llama3"]), hf.table(), shapes))
     drawn = np.random.RandomState(4)
-    lora = flatten(init_lora(module, jax.random.key(0)))
+    lora = flatten(jax.jit(init_lora, static_argnums=0)(module, jax.random.key(0)))
     trained = {p: jnp.asarray(0.3 * drawn.standard_normal(a.shape), jnp.float32) for p, a in lora.items()}
     return module, params, unflatten(lora), unflatten(trained)
 
@@ -54,10 +54,11 @@ def test_fresh_updates_change_nothing(model):
 
 def test_merged_equals_unmerged(model):
     module, params, _, trained = model
-    merged = merge_lora(module, params, trained)
+    merge = jax.jit(merge_lora, static_argnums=0)
+    merged = merge(module, params, trained)
     run = jax.jit(logits_of, static_argnums=0)
     np.testing.assert_allclose(run(module, params, trained), run(module.clone(lora_rank=0), merged, {}), atol=1e-5)
-    half = merge_lora(module, jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), trained)
+    half = jax.eval_shape(lambda p: merge(module, p, trained), jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
     decoding = Decoding(new_tokens=5, ends=(2,), beams=2)
     beside = generate(module, params, TOKENS, decoding=decoding, lora=trained)
@@ -106,7 +107,7 @@ def test_bad_input(model):
     with pytest.raises(InputError, match="rank of at least 1"):
         init_lora(module.clone(lora_rank=0), jax.random.key(0))
     with pytest.raises(InputError, match="lora_rank is 0"):
-        logits_of(module.clone(lora_rank=0), params, trained)
+        jax.eval_shape(lambda: logits_of(module.clone(lora_rank=0), params, trained))
     with pytest.raises(InputError, match="attention/key/a_kernel: expected.*16, 2.*found.*16, 3"):
         merge_lora(module.clone(lora_rank=2), params, trained)
     other = {"layers": {"attention": trained["layers"]["attention"]}}
