@@ -1,5 +1,5 @@
 # make demo: the whole road on real pictures with real experts.   make test: the tests.
-# make demo-vlm: a language model learns to answer about the demo's pictures, with four encoders.
+# make demo-vlm: a language model learns to answer about the demo's pictures, with five encoders.
 PYTHON ?= python3
 VENV ?= .venv
 METHOD ?= move_kd

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# A language model from nothing learns to answer about drawings, with four encoders: the random start and the encoder of
-# the demo, both frozen, and the start trained by the text loss, without and with distillation.
+# A language model from nothing learns to answer about drawings, with five encoders (configs/demo_vlm.py).
 # usage: launch/demo_vlm.sh WORKDIR DEMO        DEMO is the folder of `make demo`; what is done there is used
 set -euo pipefail
 workdir=$1 demo=$2
@@ -10,19 +9,19 @@ run() {
 }
 run extract --config=configs/demo.py "--workdir=$demo"
 run train --config=configs/demo.py "--workdir=$demo"
-for encoder in start distilled text both; do
+for encoder in start distilled text both stages; do
     folder=$workdir/$encoder
     config=("--config=configs/demo_vlm.py:encoder=$encoder" "--workdir=$folder")
     config+=("--config.features.path=$demo/features" "--config.student.initialize=$demo/start")
-    if [ "$encoder" = distilled ]; then config+=("--config.train.start_from=$demo"); fi
+    if [ "$encoder" = distilled ] || [ "$encoder" = stages ]; then config+=("--config.train.start_from=$demo"); fi
     run train "${config[@]}"
     run eval --tasks "held_out=$folder" "--model=$folder" "--workdir=$folder" --prompts=plain --batch=64
 done
-echo "answers of the four, and their differences:"
-run report --answers "$workdir"/{start,distilled,text,both} "--workdir=$workdir"
-run report "--workdir=$workdir/both"
-run export --format=llava "--workdir=$workdir/both"
-run verify "$workdir/both/llava"
-echo "Hugging Face folder: $workdir/both/llava"
+echo "answers of the five, and their differences:"
+run report --answers "$workdir"/{start,distilled,text,both,stages} "--workdir=$workdir"
+run report "--workdir=$workdir/stages"
+run export --format=llava "--workdir=$workdir/stages"
+run verify "$workdir/stages/llava"
+echo "Hugging Face folder: $workdir/stages/llava"
 echo "table and plot:      $workdir"
-echo "report:              $workdir/both/report.html"
+echo "report:              $workdir/stages/report.html"
