@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,8 +110,12 @@ def no_picture(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def groups_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the groups in the order of columns, without `ALL`."""
-    names = {str(record.get("group", "")) for record in records} - {""}
-    return sorted(names, key=lambda name: (GROUPS.index(name) if name in GROUPS else len(GROUPS), name))
+    return ordered({str(record.get("group", "")) for record in records} - {""})
+
+
+def ordered(groups: Iterable[str]) -> list[str]:
+    """Returns groups in the order in which they are shown."""
+    return sorted(groups, key=lambda name: (GROUPS.index(name) if name in GROUPS else len(GROUPS), name))
 
 
 def cells(records: Sequence[Mapping[str, Any]], values: np.ndarray, resamples: int = RESAMPLES) -> dict[str, Cell]:

@@ -97,7 +97,8 @@ def read_scores(workdir: Path) -> tuple[TaskScores, ...]:
         if any(name == "accuracy" or name.startswith("accuracy/") for name in metrics):
             alone = _no_picture(workdir, str(content["task"]))
         names = [name for name in metrics if not (name.endswith(_ENDS) and name.rpartition("_")[0] in metrics)]
-        names.sort(key=lambda name: name != content["main"])
+        groups = answers_table.ordered(name.partition("/")[2] for name in names)
+        names.sort(key=lambda name: (name != content["main"], groups.index(name.partition("/")[2])))
         scores = [
             Score(name, metrics[name], metrics.get(f"{name}_low"), metrics.get(f"{name}_high"), alone.get(name))
             for name in names
@@ -133,7 +134,12 @@ def task_tables(tasks: Sequence[TaskScores]) -> list[dict[str, Any]]:
             ]
             interval = f"{words[1]} to {words[2]}" if words[1] and words[2] else ""
             rows.append({"name": score.name, "value": words[0], "interval": interval, "no_picture": words[3]})
-        groups = [score for score in one.scores if score.name.startswith("accuracy/") and score.low is not None]
+        by_group = {
+            score.name.partition("/")[2]: score
+            for score in one.scores
+            if score.name.startswith("accuracy/") and score.low is not None
+        }
+        groups = [by_group[name] for name in answers_table.ordered(by_group)]
         chart = ""
         if 1 < len(groups) <= _COLOURS:
             curve = plots.Curve(

@@ -204,7 +204,7 @@ def collect(workdir: Path | str, **known: Any) -> RunData:
     if not predictions:
         missing["predictions"] = "eval/predictions.json is missing; run `tove eval`."
     tasks = read_scores(workdir)
-    if not tasks:
+    if not tasks and known.get("config", {}).get("language", {}).get("kind", "none") != "none":
         missing["tasks"] = f"Ask it about what it held out: `tove eval --model={workdir} --tasks held_out={workdir}`."
     experts = known.pop("experts", None)
     if experts is None:

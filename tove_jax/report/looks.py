@@ -60,13 +60,6 @@ def _kept(workdir: Path) -> Mapping[str, Mapping[str, Any]]:
     return told.records if told.settings.get("model") == Model(str(workdir)).describe() else {}
 
 
-def shown_view(config: Config, side: int = SIDE) -> View:
-    """Returns the student's view of a picture, larger or smaller, for people."""
-    view = View.of_student(config.student)
-    resize = None if view.resize is None else max(side, round(view.resize * side / view.size))
-    return dataclasses.replace(view, size=side, resize=resize, channels="rgb")
-
-
 def make_asked(config: Config, workdir: Path, count: int) -> tuple[Asked, ...]:
     """Asks about held-out pictures; answers that are kept are taken, the others given now.
 
@@ -99,9 +92,10 @@ def make_asked(config: Config, workdir: Path, count: int) -> tuple[Asked, ...]:
     )
     for place, answer in zip(fresh, given, strict=True):
         answers[place] = answer
-    view, found = shown_view(config), []
-    for question, image, answer, (maps, chance) in zip(
-        chosen, images, answers, _looks(chat, images, chosen, [answer or "" for answer in answers]), strict=True
+    texts, view = [str(answer) for answer in answers], dataclasses.replace(View.of_student(config.student), size=SIDE)
+    found = []
+    for question, image, text, (maps, chance) in zip(
+        chosen, images, texts, _looks(chat, images, chosen, texts), strict=True
     ):
         shown = view.cut(image)
         found.append(
@@ -109,8 +103,8 @@ def make_asked(config: Config, workdir: Path, count: int) -> tuple[Asked, ...]:
                 id=source.ids[question.pictures[0]],
                 question=question.prompt,
                 right=question.answers[0],
-                answer=answer or "",
-                correct=bool(exact_match(answer or "", question.answers)),
+                answer=text,
+                correct=bool(exact_match(text, question.answers)),
                 image=shown,
                 look=None if maps is None else overlay(shown, maps),
                 chance=chance,

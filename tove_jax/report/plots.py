@@ -349,8 +349,11 @@ def cluster_chart(
             )
         reference = references[place] if references else None
         if reference is not None:
-            ends = f'x1="{first - 3:.1f}" x2="{middle + bar * len(curves) / 2 + 3:.1f}"'
-            body.append(f'<line {ends} y1="{up(reference):.1f}" y2="{up(reference):.1f}" class="reference"/>')
+            ends = f'x1="{first - 6:.1f}" x2="{middle + bar * len(curves) / 2 + 6:.1f}"'
+            level = f'y1="{up(reference):.1f}" y2="{up(reference):.1f}"'
+            # A light line below the dashes, so that they are seen on bars too.
+            body.append(f'<line {ends} {level} style="stroke:var(--surface);stroke-width:3"/>')
+            body.append(f'<line {ends} {level} class="reference" style="stroke:var(--ink)"/>')
         body.append(_text(middle, height - bottom + 18, words, "name", "middle"))
     return _svg(width, height, alt, body, "bars")
 
