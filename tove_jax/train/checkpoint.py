@@ -289,12 +289,17 @@ def load_language(workdir: Path, step: int | None = None) -> dict[str, Any]:
     Raises:
       InputError: no checkpoint there, or an unreadable one.
     """
-    _, trainable, frozen, _ = _load(workdir, step, lambda path: path.startswith("language/"))
+    # Past the accelerator, whose memory may be smaller than a language model's masters.
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        host = jax.local_devices()[0]
+    _, trainable, frozen, _ = _load(workdir, step, lambda path: path.startswith("language/"), host)
     return jax.device_get({**frozen, **trainable})
 
 
 def _load(
-    workdir: Path, step: int | None, wanted: Callable[[str], bool]
+    workdir: Path, step: int | None, wanted: Callable[[str], bool], device: jax.Device | None = None
 ) -> tuple[Config, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Returns settings, the trainable and the frozen leaves that are wanted, and the provenance with ``step``."""
     with _opened(workdir, step) as (manager, where, step):
@@ -302,15 +307,15 @@ def _load(
     frozen = where.parents[1] / "frozen"
     return (
         config,
-        _load_part(where / "trainable", wanted),
-        _load_part(frozen, wanted) if frozen.is_dir() else {},
+        _load_part(where / "trainable", wanted, device),
+        _load_part(frozen, wanted, device) if frozen.is_dir() else {},
         provenance,
     )
 
 
-def _load_part(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """Reads the wanted leaves of a saved tree onto the first device; the others are not touched."""
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
+def _load_part(folder: Path, wanted: Callable[[str], bool], device: jax.Device | None) -> dict[str, Any]:
+    """Reads the wanted leaves of a saved tree onto one device, the first unless told; the others are not touched."""
+    sharding = SingleDeviceSharding(device or jax.local_devices()[0])
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.metadata(folder).item_metadata.tree
