@@ -39,7 +39,7 @@ LOGICAL_AXES = (
     (r"(.*/)?layers/(attention|cross|adaptor|mlp)_norm/(scale|bias)", ("layers", "embed")),
     *BLOCK_AXES,
     (r"(.*/)?token_embed", ("vocab", "embed")),
-    (r"(.*/)?(position|type)_embed", (None, "embed")),
+    (r"(.*/)?(position|type)_embed", (None, None)),  # small, and looked up by every row
     (r"(.*/)?embed_norm/(scale|bias)", ("embed",)),
     (r"(.*/)?head/dense/kernel", ("embed", None)),
     (r"(.*/)?head/(dense/bias|norm/scale|norm/bias)", ("embed",)),
