@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": "compare",
     "sweep": "sweep",
     "plan": "plan",
+    "bench": "bench",
     "export": "export",
     "verify": "verify",
     "import": "import_",

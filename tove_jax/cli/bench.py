@@ -1,0 +1,49 @@
+"""`tove bench`: how fast training, adapters, decoders, extraction and input are on this machine, beside torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HELP = "time training steps beside torch, adapters, decoders, extraction and input on this machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's options."""
+    parser.add_argument("--suite", default="cpu", metavar="cpu|gpu|input", help="Sizes that suit the device.")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="A section, or part of a case's name; repeatable."
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="Also write everything there.")
+    parser.add_argument("--minutes", type=float, default=0.0, help="End in an orderly way after so many; 0: no limit.")
+    parser.add_argument("--small", action="store_true", help="Tiny shapes: shows that it works, measures nothing.")
+    parser.add_argument(
+        "--folder", help="On the disk that the input section measures; the temporary folder if left out."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the tables, stores JSON; 1 where nothing could be measured."""
+    # Torch takes its turns on the same device, so neither may take all of its memory beforehand.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from tove_jax.bench.run import bench, command_line, text, to_json
+    from tove_jax.errors import InputError
+    from tove_jax.files.atomic import atomic_write_bytes
+
+    if args.output is not None and not args.output.parent.is_dir():
+        raise InputError(f"--output: no folder {args.output.parent}")
+    found = bench(
+        args.suite,
+        only=args.only,
+        small=args.small,
+        minutes=args.minutes,
+        folder=args.folder,
+        command=command_line(),
+        told=lambda line: print(f"bench: {line}", file=sys.stderr),
+    )
+    print(text(found), end="")
+    if args.output is not None:
+        atomic_write_bytes(args.output, to_json(found))
+    return 0 if found["rows"] else 1
