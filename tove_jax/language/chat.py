@@ -25,6 +25,7 @@ See = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 """From pictures, uint8 (H, W, 3), to each one's tokens as the decoder reads them, (n, W)."""
 
 _MULTIPLE = 32  # prompts' lengths are rounded up to it, so that few are compiled
+_RANKED = 64  # choices of a prompt that are read at once
 _KEPT = 128  # pictures whose tokens are kept, for several questions about one
 
 
@@ -125,6 +126,7 @@ class Chat:
             **self._inputs(rows, seen),
             lora=self.params.get("lora"),
             mean=mean,
+            chunk=_RANKED,
         )
         return [np.asarray(row[: len(told)]) for row, told in zip(np.asarray(found), answers, strict=True)]
 

@@ -56,16 +56,21 @@ class LanguageModel:
         """Returns the decoder's input embeddings (..., W) of ids int (...,); negative ones as those of id 0."""
         return self.decoder.apply({"params": params["model"]}, jnp.maximum(ids, 0), method="embed")
 
-    def inputs(self, params: Any, tokens: jax.Array, input_ids: jax.Array) -> dict[str, jax.Array]:
+    def inputs(
+        self, params: Any, tokens: jax.Array, input_ids: jax.Array, shown: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Returns what the decoder is called with beside masks.
 
         Args:
           params: the language parameters.
           tokens: (B, M, D), each row's picture tokens in order.
           input_ids: int (B, T), `IMAGE_ID` in the places of the pictures where they have any.
+          shown: bool (B, M), False for tokens that stand for no picture; a decoder that looks across leaves them out,
+            the others have no place for them. None: all are of pictures.
         """
         if self.projector is None:
-            return {"tokens": jnp.maximum(input_ids, 0), "pictures": tokens}
+            masked = {} if shown is None else {"pictures_mask": shown}
+            return {"tokens": jnp.maximum(input_ids, 0), "pictures": tokens, **masked}
         merged = place_pictures(self.embed(params, input_ids), input_ids, self.project(params, tokens))
         return {"embeddings": merged}
 
@@ -76,7 +81,11 @@ class LanguageModel:
 
 
 def text_loss(
-    model: LanguageModel, params: Any, tokens: jax.Array, text: dict[str, jax.Array]
+    model: LanguageModel,
+    params: Any,
+    tokens: jax.Array,
+    text: dict[str, jax.Array],
+    shown: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes L_text of a batch, or of its share in it.
 
@@ -86,12 +95,13 @@ def text_loss(
       tokens: (B, M, D), each row's picture tokens in order.
       text: ``input_ids``, ``labels`` int and ``attention_mask`` bool (B, T), and optionally ``segments`` int (B, T), see `Llama.__call__`;
         ``weight`` float32 (B,), see `tove_jax.train.objective.weigh_text`: what a learned token of the row counts.
+      shown: bool (B, M), see `LanguageModel.inputs`.
 
     Returns:
       The sum over the learned tokens of weight times loss, and scalars: ``text/accuracy``, the share of learned
       tokens that were the likeliest, ``text/learned`` and ``text/padding``, shares of all positions.
     """
-    inputs = model.inputs(params, tokens, text["input_ids"])
+    inputs = model.inputs(params, tokens, text["input_ids"], shown)
     result: Any = model.decoder.apply(
         model.variables(params), **inputs, mask=text.get("segments"), intermediates=("hidden",), final=False
     )

@@ -74,8 +74,9 @@ def make_loss(config: Config, manifests: Mapping[str, Manifest], language: Langu
         if language is None:
             return total, metrics
         tokens = method.visible_tokens(outputs, config)
+        shown = jnp.repeat(batch.get("has_picture", batch["mask"]), tokens.shape[1]).reshape(rows, -1)
         tokens = tokens.reshape(rows, -1, tokens.shape[-1])
-        told, more = text_loss(language, params["language"], tokens, text)
+        told, more = text_loss(language, params["language"], tokens, text, shown)
         told = told / jnp.maximum(batch["mask"].sum(), 1)
         total = total + config.language.text_weight * told
         return total, {**metrics, **more, "loss/text": told, "loss/total": total}
