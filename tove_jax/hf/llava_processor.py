@@ -178,7 +178,7 @@ def add_image_token(tokenizer: Tokenizer, template: Template, rows: int, expecte
     image = inner.convert_tokens_to_ids(IMAGE)
     if inner.pad_token is None:
         inner.pad_token = inner.convert_ids_to_tokens(tokenizer.pad)
-    inner.padding_side = "left"
+    inner.padding_side = inner.init_kwargs["padding_side"] = "left"  # the latter is what is saved
     _begin(inner, tokenizer)
     rows = rows if image < rows else -(-(image + 1) // _PAD_TO) * _PAD_TO
     end = template.end.strip()

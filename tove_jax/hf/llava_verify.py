@@ -119,7 +119,7 @@ def _theirs(report: VerifyReport, extras: Extras, pictures: list[np.ndarray]) ->
     tiles = isinstance(extras.view, Anyres)
     try:
         processor = (transformers.LlavaNextProcessor if tiles else transformers.LlavaProcessor).from_pretrained(
-            name, local_files_only=True
+            name, local_files_only=True, trust_remote_code=remote
         )
         loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
             name,
@@ -133,7 +133,9 @@ def _theirs(report: VerifyReport, extras: Extras, pictures: list[np.ndarray]) ->
 
         images = [Image.fromarray(picture) for picture in pictures]
         texts = [_prompt(processor, count) for count in (1, 2, 0)]
-        inputs = processor(images=[images[0], *images], text=texts, return_tensors="pt", padding=True)
+        inputs = processor(
+            images=[images[0], *images], text=texts, return_tensors="pt", padding=True, padding_side="left"
+        )
     except Exception as error:  # whatever a user of the folder would meet
         report.problems.append(f"transformers {transformers.__version__} cannot load the folder: {error}")
         return None, None

@@ -2,11 +2,8 @@
 
 from transformers import AutoModel, LlavaForConditionalGeneration
 
-from .configuration_mola_clip import MolaCLIPVisionConfig
 from .configuration_mola_llava import MolaLlavaConfig
 from .modeling_mola_clip import MolaCLIPVisionModel
-
-AutoModel.register(MolaCLIPVisionConfig, MolaCLIPVisionModel, exist_ok=True)
 
 
 class MolaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -14,3 +11,8 @@ class MolaLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = MolaLlavaConfig
     config: MolaLlavaConfig
+
+    def __init__(self, config: MolaLlavaConfig):
+        # The configuration may come from another copy of this folder's code than the model, so its own class counts.
+        AutoModel.register(type(config.vision_config), MolaCLIPVisionModel, exist_ok=True)
+        super().__init__(config)

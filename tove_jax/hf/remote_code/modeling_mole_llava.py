@@ -2,11 +2,8 @@
 
 from transformers import AutoModel, LlavaForConditionalGeneration
 
-from .configuration_mole_clip import MoleCLIPVisionConfig
 from .configuration_mole_llava import MoleLlavaConfig
 from .modeling_mole_clip import MoleCLIPVisionModel
-
-AutoModel.register(MoleCLIPVisionConfig, MoleCLIPVisionModel, exist_ok=True)
 
 
 class MoleLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -14,3 +11,8 @@ class MoleLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = MoleLlavaConfig
     config: MoleLlavaConfig
+
+    def __init__(self, config: MoleLlavaConfig):
+        # The configuration may come from another copy of this folder's code than the model, so its own class counts.
+        AutoModel.register(type(config.vision_config), MoleCLIPVisionModel, exist_ok=True)
+        super().__init__(config)
