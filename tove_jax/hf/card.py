@@ -155,7 +155,7 @@ def _whole_usage(config: Config, has_experts: bool) -> str:
     return (
         "```python\nfrom transformers import AutoModelForImageTextToText, LlavaProcessor\n\n"
         f"model = AutoModelForImageTextToText.from_pretrained(folder{trust})\n"
-        "processor = LlavaProcessor.from_pretrained(folder)\n"
+        f"processor = LlavaProcessor.from_pretrained(folder{trust})\n"
         'content = [{"type": "image"}, {"type": "text", "text": "What is on the table?"}]\n'
         'prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)\n'
         'inputs = processor(images=[picture], text=[prompt], return_tensors="pt")\n'
