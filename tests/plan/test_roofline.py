@@ -105,3 +105,53 @@ def test_wire_bytes_by_kind():
         12,
         8,
     ]
+
+
+CARRIED = """HloModule carried, is_scheduled=true
+%starts (p: f32[4]) -> (f32[4], f32[8]) {
+  %p = f32[4]{0} parameter(0)
+  %gather.0 = f32[8]{0} all-gather(%p), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %call.0 = (f32[4]{0}, f32[8]{0}) custom-call(%gather.0), custom_call_target="AsyncCollectiveStart"
+}
+%async_collective_fusion.1 (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  %gather.1 = f32[8]{0} all-gather(%q), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %add.1 = f32[4]{0} add(%q, %q)
+}
+%ends (r: f32[4]) -> f32[8] {
+  %r = f32[4]{0} parameter(0)
+  %gather.2 = f32[8]{0} all-gather(%r), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %call.2 = f32[8]{0} custom-call(%gather.2), custom_call_target="AsyncCollectiveDone"
+}
+%condition (c: (s32[], f32[4])) -> pred[] {
+  %c = (s32[], f32[4]{0}) parameter(0)
+  %counter = s32[] get-tuple-element(%c), index=0
+  %bound = s32[] constant(3)
+  ROOT %less = pred[] compare(%counter, %bound), direction=LT
+}
+%body (b: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %b = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = f32[4]{0} get-tuple-element(%b), index=1
+  %carry = f32[4]{0} fusion(%x), kind=kOutput, calls=%async_collective_fusion.1
+  ROOT %pair = (s32[], f32[4]{0}) tuple(%next, %carry)
+}
+ENTRY %main (a: f32[4]) -> f32[8] {
+  %a = f32[4]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (f32[4]{0}, f32[8]{0}) fusion(%a), kind=kCustom, calls=%starts
+  %given = (s32[], f32[4]{0}) tuple(%zero, %a)
+  %loop = (s32[], f32[4]{0}) while(%given), condition=%condition, body=%body
+  %out = f32[4]{0} get-tuple-element(%loop), index=1
+  ROOT %done = f32[8]{0} fusion(%out), kind=kCustom, calls=%ends
+}
+"""
+
+
+def test_a_loop_that_carries_a_collective_does_not_run_it_again():
+    read = Program(CARRIED)
+    found = collectives(read, 2, lambda where, one: float(one.opcode == "fusion"))
+    assert [(one.kind, one.bytes, one.times, one.asynchronous) for one in found] == [("all-gather", 32, 1, True)]
+    assert found[0].cover_s == 3  # the loop's three rounds

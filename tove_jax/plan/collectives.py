@@ -69,11 +69,13 @@ def collectives(
     found = []
     for computation, times in program.runs():
         found += _of_computation(program, computation, times, devices, seconds, scattered)
-        found += _between_slices(computation, times, devices, seconds, slices)
+        found += _between_slices(program, computation, times, devices, seconds, slices)
     return found
 
 
-def _between_slices(where: Computation, times: float, devices: int, seconds: Seconds, slices: int) -> list[Collective]:
+def _between_slices(
+    program: Program, where: Computation, times: float, devices: int, seconds: Seconds, slices: int
+) -> list[Collective]:
     spans: dict[str, list[int]] = {}
     sent: dict[str, Instruction] = {}
     met: dict[str, str] = {}
@@ -90,7 +92,8 @@ def _between_slices(where: Computation, times: float, devices: int, seconds: Sec
     found = []
     for name, one in sent.items():
         first, last = min(spans[name]), max(spans[name])
-        cover = sum(seconds(where, where.instructions[place]) for place in range(first + 1, last))
+        beside = where.instructions[first + 1 : last]
+        cover = sum(_seconds(program, where, part, seconds) for part in beside)
         kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
         spelt = kind[1].lower().replace("_", "-") if kind else ""
         spelt = spelt if spelt in KINDS else "collective-permute"
@@ -114,7 +117,8 @@ def _of_computation(
     result = []
     for parts in spans.values():
         first, last = parts[0][0], parts[-1][0]
-        starts = [(one, inner) for _, one, inner in parts if not one.opcode.endswith("-done")]
+        # A loop between start and end may carry it too, or the next round of this one end it: counted where it starts.
+        starts = [(one, inner) for _, one, inner in parts if _begins(where, inner, one)]
         if not starts:
             continue
         begin, inside = starts[0]
@@ -124,8 +128,8 @@ def _of_computation(
         carriers = {place for place, *_ in parts}
         between = range(first, last + 1)
         # A fusion that carries a collective beside its own work is time to hide in; the ends are not.
-        cover = sum(seconds(where, where.instructions[place]) for place in between if place not in carriers)
-        cover += sum(seconds(where, where.instructions[place]) for place in carriers if place not in (first, last))
+        beside = [place for place in between if place not in carriers or place not in (first, last)]
+        cover = sum(_seconds(program, where, where.instructions[place], seconds) for place in beside)
         kind = _kind(program, where, inside, begin, scattered)
         result.append(Collective(kind, _size(inside, begin, kind), group, times, last > first, cover, _label(begin)))
     return result
@@ -143,6 +147,26 @@ def _carried(program: Program, where: Computation, one: Instruction) -> list[tup
     for part in inner.instructions:
         found += _carried(program, inner, part)
     return found
+
+
+def _begins(where: Computation, inside: Computation, one: Instruction) -> bool:
+    """Whether a collective starts here, or runs from start to end, rather than being carried or ended."""
+    if inside is where:
+        return not one.opcode.endswith("-done")
+    if any('"AsyncCollectiveStart"' in part.rest for part in inside.instructions):
+        return True
+    ends = any('"AsyncCollectiveDone"' in part.rest for part in inside.instructions)
+    return not ends and not inside.name.startswith("async_collective_fusion")
+
+
+def _seconds(program: Program, where: Computation, one: Instruction, seconds: Seconds) -> float:
+    """Returns an instruction's time; a loop's is that of all its rounds."""
+    body = one.attribute("body") if one.opcode == "while" else None
+    if body is None:
+        return seconds(where, one)
+    inner = program.computations[body]
+    once = sum(_seconds(program, inner, part, seconds) for part in inner.instructions)
+    return program.trips(where, one) * once
 
 
 def _base(opcode: str) -> str:
