@@ -50,7 +50,7 @@ class Launch:
             start_new_session=True, cwd=ROOT,
         )  # fmt: skip
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=600):
         """Returns status, standard output and standard error."""
         out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err
@@ -63,7 +63,7 @@ class Launch:
                 return int(child)
         raise AssertionError(f"no process {index}")
 
-    def until(self, condition, seconds=300):
+    def until(self, condition, seconds=600):
         """Waits for something while the launcher runs."""
         end = time.monotonic() + seconds
         while not condition():
