@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.llava_models import GRIDS, LLAVA, NEXT, VISION, described, draw_llava, tree_of, write_llava
+from tove_jax.cli.main import main
 from tove_jax.config.schema import AdapterConfig, Config
 from tove_jax.data.anyres import Anyres
 from tove_jax.data.conversation import IMAGE, IMAGE_ID, TEMPLATES, encode, encode_prompt
@@ -24,7 +25,7 @@ from tove_jax.hf import llava_names, llava_processor
 from tove_jax.hf.export import export_student
 from tove_jax.hf.llava import load
 from tove_jax.hf.llava_config import student_settings
-from tove_jax.hf.llava_convert import is_llava
+from tove_jax.hf.llava_convert import convert_llava, is_llava
 from tove_jax.hf.llava_export import export
 from tove_jax.hf.llava_verify import _compare, verify_llava
 from tove_jax.hf.rules import flatten
@@ -281,6 +282,21 @@ def test_transformers_answers_alike(kind, tokenizer, tmp_path):
         code.write_bytes(code.read_bytes() + b"\n")
         report = verify_llava(tmp_path / "out")
         assert not report.ok and "was not run" in report.problems[0]
+
+
+def test_commands(tokenizer, tmp_path, capsys):
+    """Either layout in, the other out, on the command line; options of a CLIP are refused."""
+    config = sized(LLAVA, len(tokenizer))
+    weights = draw_llava(config)
+    folder = write_original(tmp_path / "in", config, weights, tokenizer)
+    told = ["import", str(folder), f"--output={tmp_path / 'out'}"]
+    assert main(told) == 0
+    assert "LLaVA in the original layout" in capsys.readouterr().out and is_llava(tmp_path / "out")
+    assert main([*told, "--plain"]) == 2 and "--plain: is for a CLIP" in capsys.readouterr().err
+    lines = convert_llava(tmp_path / "out", tmp_path / "back", layout="original", vision=folder / "tower")
+    assert lines[0].startswith(f"read     {tmp_path / 'out'}: LLaVA in the transformers layout")
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+    assert not is_llava(folder / "tower") and not is_llava("nowhere/at-all")
 
 
 def test_verify_sees_differences(tmp_path):

@@ -176,7 +176,8 @@ def export_run_llava(
     tokenizer, model, language = read_language(exact, workdir, step, provenance)
     decoder = model.decoder
     if "lora" in language:
-        language = {**language, "model": merge_lora(decoder, language["model"], language.pop("lora"))}
+        lora = language.pop("lora")
+        language["model"] = merge_lora(decoder, language["model"], lora)
         decoder = decoder.clone(lora_rank=0)
     if model.projector is None:
         raise ValueError("a language model of kind 'llava' has a projector")

@@ -79,7 +79,7 @@ def export(
     if isinstance(view, Anyres) != model.anyres:
         raise InputError("view: expected tiles (Anyres) for LLaVA-NeXT, and none else")
     same = like is not None and like.described.layout == layout
-    copied = like.folder if like is not None and same and tokenizer is None else None
+    copied = like.folder if like is not None and same and tokenizer is None and view == like.view else None
     if layout == "original":
         names = llava_names.ORIGINAL
         rows, image, vocabulary = model.decoder.vocabulary, None, None
@@ -122,7 +122,7 @@ def export(
                 "pad_token_id": inner.pad_token_id,
             }
             atomic_write_json(temporary / "generation_config.json", generation)
-        elif tokenizer is not None:
+        elif tokenizer is not None or (like is not None and any(like.folder.glob("tokenizer*"))):
             _open(tokenizer, like).inner.save_pretrained(str(temporary))
         kind = student.adapter.kind
         if layout == "transformers" and kind != "none":
