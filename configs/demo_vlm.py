@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arguments.encoder not in DISTILLING:
         config.method.update(kd_weight=0.0, balance_weight=0.0)
     config.optim.lr = 1e-3
-    config.train.update(steps=450, batch=24)
+    config.train.update(steps=400, batch=32)
     if arguments.smoke:
         config.language.update(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64)
         config.train.update(steps=4, batch=8, log_every=1, checkpoint_every=2)

@@ -16,6 +16,7 @@ CONFIGS = (
     "demo.py:method=hawaii",
     "demo.py:method=tove",
     "demo.py:smoke",
+    "demo_vlm.py",
     "move_kd_vit_l.py",
     "move_kd_vit_l.py:teachers=v1_1,stage=2,preset=reference",
 )
