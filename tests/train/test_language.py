@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import overrides
+from tove_jax.cli.export import export_run_llava
 from tove_jax.config import from_file
 from tove_jax.config.schema import OptimConfig
 from tove_jax.data.conversation import IGNORED
@@ -319,3 +320,10 @@ def test_rows_may_be_shared_and_updates_of_low_rank(prepared, talks, tmp_path):
     kept = load_language(tmp_path)
     assert any(np.any(leaf) for path, leaf in kept.items() if path.endswith("b_kernel"))
     assert open_answerer(tmp_path).rank([[]], ["Sure?"], [["Yes.", "No."]])[0].shape == (2,)
+    # The whole model goes out with its updates merged, and answers alike.
+    folder = export_run_llava(None, tmp_path)
+    assert "language model" in (folder / "README.md").read_text()
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    asked = ([[picture], []], ["What is this?", "How much is 2 and 2?"], Decoding(8))
+    texts = open_answerer(folder).answer(*asked)
+    assert texts == open_answerer(tmp_path).answer(*asked) and any(texts)
