@@ -174,3 +174,11 @@ def test_a_mesh_that_cuts_through_processes_is_refused(monkeypatch):
     with pytest.raises(InputError, match="two processes share some rows of the batch but not all"):
         batch_share(mesh_of((2, 1, 3), 2))
     batch_share.cache_clear()
+
+
+def test_an_error_of_a_collective_is_told_from_ones_own(monkeypatch):
+    gone = ValueError("UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:3: Connection reset by peer")
+    assert not together.is_lost(gone)  # one process has nobody to lose
+    monkeypatch.setattr(together, "several", lambda: True)
+    assert together.is_lost(gone) and together.is_lost(together.LostError("waited"))
+    assert not together.is_lost(ValueError("operands could not be broadcast together"))

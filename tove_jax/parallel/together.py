@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -30,6 +31,8 @@ _POLL_SECONDS = 1.0
 # Somebody's data may have to be copied first; one that died meanwhile is told by its heartbeat.
 _WAIT_SECONDS = 3600
 _STOPPED = "tove/stopped/"
+# Of collectives, of NCCL, of the coordinator.
+_SIGNS = r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Connection reset|Socket closed|Barrier"
 _SHOWN = 8
 
 _round = 0
@@ -76,6 +79,13 @@ def leave(status: int, reason: str) -> None:
     _exit(status)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error may come of another process's end; libraries raise it again as kinds of their own."""
+    return several() and (
+        isinstance(error, (jax.errors.JaxRuntimeError, LostError)) or re.search(_SIGNS, str(error)) is not None
+    )
+
+
 def lost(error: BaseException) -> None:
     """Ends this process after an error that another process's end may have caused, for that one's reason if it gave one."""
     if _watch is not None:
@@ -84,7 +94,7 @@ def lost(error: BaseException) -> None:
         _end_if_told()
         time.sleep(0.2)
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if not isinstance(error, (jax.errors.JaxRuntimeError, LostError)):
+    if not is_lost(error):
         traceback.print_exception(error)
         leave(1, reason)
     print(

@@ -26,6 +26,7 @@ from tove_jax.config import Config, from_json, to_json
 from tove_jax.config.schema import MergeConfig
 from tove_jax.errors import InputError
 from tove_jax.methods.merge import fold
+from tove_jax.parallel import together
 from tove_jax.train.state import TrainState, merge
 
 FORMAT = "tove_jax-checkpoint-1"
@@ -208,9 +209,9 @@ def _restore(manager: ocp.CheckpointManager, where: Path, step: int, **items: An
         raise InputError(f"{where}: not a whole checkpoint of ours: {', '.join(absent)} missing")
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except jax.errors.JaxRuntimeError:  # Another process is gone.
-        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for one cause: unreadable files.
+        if together.is_lost(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec")[0]
         raise InputError(f"{where}: cannot be read, truncated or damaged: {reason}") from error
 
