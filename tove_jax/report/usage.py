@@ -265,7 +265,9 @@ def sections(run: RunData) -> list[tuple[str, str]]:
     """Returns the page's sections, id and heading in the bar; a run without settings has those of MoVE-KD."""
     name = method_name(run)
     adapter = run.config.get("student", {}).get("adapter", {}).get("kind", "")
-    shown = [("numbers", "Numbers")]
+    judged = "evaluation" not in run.missing
+    # A run that answers is not asked for its features as well.
+    shown = [("numbers", "Numbers")] if judged or not answering(run) else []
     shown += [("answers", "Answers")] if answering(run) else []
     shown += [("merge", "Merging")] if name == "merge" else []
     shown += [("training", "Training")]
@@ -276,4 +278,5 @@ def sections(run: RunData) -> list[tuple[str, str]]:
     shown += (
         [("weights", "Tokens")] if any(panel.group == "weights" for one in run.pictures for panel in one.panels) else []
     )
-    return [*shown, *[(name, name.capitalize()) for name in ("features", "evaluation", "settings", "provenance")]]
+    last = ("features", *(("evaluation",) if judged or not answering(run) else ()), "settings", "provenance")
+    return [*shown, *[(name, name.capitalize()) for name in last]]
