@@ -106,6 +106,8 @@ def test_cases_are_chosen_by_name():
     assert tuple(run.choose("input", [], False, None)) == ("input",)
     hawaii = run.choose("gpu", ["hawaii L/14-336"], False, None)
     assert {name: len(found) for name, found in hawaii.items()} == {"step": 2}
+    # A section's name is that section, though cases of others have it in theirs.
+    assert tuple(run.choose("cpu", ["adapters", "codecs"], False, None)) == ("adapters", "input")
     for arguments in (["--only=stepp"], ["--suite=gpu2"], ["--suite=gpu"]):
         assert main(["bench", *arguments]) == 2
 

@@ -123,7 +123,7 @@ def choose(suite: str, only: Sequence[str], small: bool, folder: str | None) -> 
                 + "; ".join(names)
             )
     kept = {
-        name: [case for case in cases if any(word == name or word in case.name for word in only)]
+        name: [case for case in cases if any(word == name if word in made else word in case.name for word in only)]
         for name, cases in made.items()
     }
     return {name: cases for name, cases in kept.items() if cases}

@@ -192,6 +192,8 @@ def _model(config: Config, params: Any, way: Way) -> Any:
             self.down, self.up = kind(part["down"]), kind(part["up"])
 
     class Layer(nn.Module):
+        out: Any
+
         def __init__(self, part: Any) -> None:
             super().__init__()
             attention, mlp = part["attention"], part["mlp"]
@@ -299,6 +301,41 @@ def _objective(config: Config, adapters: Any, tokens: Any, probs: Any, choice: A
     kd = (weights * torch.stack(losses, dim=-1)).sum(dim=-1).mean()
     balance = (probs.mean(dim=0) * choice.mean(dim=0)).sum(dim=-1).mean()
     return method.kd_weight * kd + method.balance_weight * balance
+
+
+def hed_features(params: Any, normalized: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Returns what computes, in torch, the features of the expert `hed`: VGG16 as far as conv5_3.
+
+    Args:
+      params: of the expert, NumPy.
+      normalized: float32 (B, size, size, 3), as its view normalises.
+
+    Returns:
+      A function of nothing that returns when it is done, and its result (B, size/16, size/16, 512) as NumPy.
+    """
+    import torch
+    from torch.nn import functional
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers = []
+    for name in sorted(name for name in params if name.startswith("conv")):
+        kernel, bias = (np.asarray(params[name][part]) for part in ("kernel", "bias"))
+        weight = torch.tensor(kernel.transpose(3, 2, 0, 1).copy(), device=device)
+        layers.append((name, weight, torch.tensor(bias, device=device)))
+    pixels = torch.tensor(normalized.transpose(0, 3, 1, 2).copy(), device=device)
+
+    def run() -> Any:
+        x = pixels
+        with torch.no_grad():
+            for name, weight, bias in layers:
+                if name.endswith("_1") and name != "conv1_1":
+                    x = functional.max_pool2d(x, 2)
+                x = functional.relu(functional.conv2d(x, weight, bias, padding=1))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return x
+
+    return run, run().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def agree(ours: dict[str, float], theirs: dict[str, float], tolerance: float) -> str:
