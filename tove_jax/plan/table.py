@@ -39,6 +39,7 @@ class Row:
       slices: of it.
       batch: rows a chip; 0: the batch that the config says, on however many chips.
       length: tokens of a row of text; None: the longest.
+      fsdp: shards of the parameters, replicas over the rest; 0: the mesh of `tove_jax.plan.search.suggest`.
     """
 
     label: str
@@ -47,22 +48,23 @@ class Row:
     slices: int = 1
     batch: int = 0
     length: int | None = None
+    fsdp: int = 0
 
     @property
     def key(self) -> str:
         """Name of its file."""
         slices = f"{self.slices}x" if self.slices > 1 else ""
         name = re.sub(r"configs/|\.py|:$", "", self.config)
-        return re.sub(r"[^\w.\-]+", "-", f"{name}-{slices}{self.topology}-{self.batch}-{self.length or 'longest'}")
+        return re.sub(
+            r"[^\w.\-]+",
+            "-",
+            f"{name}-{slices}{self.topology}-{self.batch}-{self.length or 'longest'}-{self.fsdp or 'any'}",
+        )
 
 
-def _growing(label: str, config: str, rows: int, length: int | None, smallest: int = 16) -> list[Row]:
+def _growing(label: str, config: str, rows: int, length: int | None, fsdp: int) -> list[Row]:
     sizes = [(16, 1), (64, 1), (256, 1), (256, 2)]
-    return [
-        Row(label, config, f"v5e-{chips}", slices, rows, length)
-        for chips, slices in sizes
-        if chips * slices >= smallest
-    ]
+    return [Row(label, config, f"v5e-{chips}", slices, rows, length, fsdp) for chips, slices in sizes if chips >= fsdp]
 
 
 _PLACES = (
@@ -71,11 +73,12 @@ _PLACES = (
 )
 TABLES: dict[str, tuple[Row, ...]] = {
     "growing": (
-        *_growing("stage 1, features alone", f"{_MOVE_KD}:language=none", 4, None),
-        *_growing("stage 1, 7B", _MOVE_KD, 4, _CAPTIONS),
-        *_growing("stage 2, 7B", f"{_MOVE_KD}:stage=2", 1, None),
-        *_growing("stage 1, 13B", f"{_MOVE_KD}:language=13b", 4, _CAPTIONS),
-        *_growing("stage 2, 13B", f"{_MOVE_KD}:stage=2,language=13b", 1, None, smallest=64),
+        *_growing("stage 1, features alone", f"{_MOVE_KD}:language=none", 4, None, 16),
+        Row("the same, all by fsdp", f"{_MOVE_KD}:language=none", "v5e-256", 1, 4, None, 256),
+        *_growing("stage 1, 7B", _MOVE_KD, 4, _CAPTIONS, 16),
+        *_growing("stage 2, 7B", f"{_MOVE_KD}:stage=2", 1, None, 64),
+        *_growing("stage 1, 13B", f"{_MOVE_KD}:language=13b", 4, _CAPTIONS, 16),
+        *_growing("stage 2, 13B", f"{_MOVE_KD}:stage=2,language=13b", 1, None, 64),
     ),
     "shipped": tuple(
         Row(label, config, topology, slices)
@@ -91,7 +94,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 
 def plan(row: Row) -> dict[str, Any]:
-    """Compiles for a row, on the mesh of `tove_jax.plan.search.suggest`.
+    """Compiles for a row.
 
     Raises:
       InputError: no mesh fits, or the compiler fails.
@@ -101,7 +104,7 @@ def plan(row: Row) -> dict[str, Any]:
     if row.batch:
         train = dataclasses.replace(config.train, batch=row.batch * topology.chips)
         config = dataclasses.replace(config, train=train)
-    mesh = suggest(config, topology)
+    mesh = (topology.devices // row.fsdp, row.fsdp, 1) if row.fsdp else suggest(config, topology)
     if mesh is None:
         raise InputError(f"{row.key}: no mesh fits batch {config.train.batch}")
     config = dataclasses.replace(config, mesh=MeshConfig(*mesh))
