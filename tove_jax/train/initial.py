@@ -145,7 +145,5 @@ def initial_state(
     placed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.Array)}
     rest = {path: leaf for path, leaf in flat.items() if path not in placed}
     # Given away, they take no second place in the devices' memory.
-    make = jax.jit(
-        lambda placed, rest: build(unflatten({**rest, **placed})), out_shardings=shardings, donate_argnums=0
-    )
+    make = jax.jit(lambda placed, rest: build(unflatten({**rest, **placed})), out_shardings=shardings, donate_argnums=0)
     return make(placed, rest), shardings, optimizer
