@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 import traceback
@@ -189,4 +190,4 @@ def to_json(found: dict[str, Any]) -> bytes:
 
 def command_line(argv: Sequence[str] | None = None) -> str:
     """Returns the command as it was typed."""
-    return " ".join(["tove bench", *(sys.argv[2:] if argv is None else argv)])
+    return shlex.join(["tove", "bench", *(sys.argv[2:] if argv is None else argv)])
