@@ -38,7 +38,7 @@ def test_rows_have_names_of_their_own_and_topologies():
 def test_a_line():
     cells = [cell.strip() for cell in line(ROW, FOUND).strip("|").split("|")]
     assert cells[1:] == [
-        *("v5e:4x4", "1 x 16 x 1", "64", "3.0", "5.00", "7", "20%", "100 / 200 / 50", "250", "40%", "42")
+        *("v5e:4x4", "1 x 16 x 1", "64", "3.0", "5.00", "7.0", "20%", "100 / 200 / 50", "250", "40%", "42")
     ]
     assert "**3.0**" in line(ROW, {**FOUND, "fits": False})
     short = line(ROW, {name: FOUND[name] for name in ("topology", "mesh", "batch", "needed")})

@@ -123,7 +123,7 @@ def line(row: Row, found: Mapping[str, Any]) -> str:
     cells += [
         total if found["fits"] else f"**{total}**",
         f"{sum(part['bytes'] for part in roofline['traffic'] if part['link'] == 'chip') / 1e9:.2f}",
-        f"{sum(part['bytes'] for part in roofline['traffic'] if part['link'] == 'network') / 1e6:.0f}",
+        f"{sum(part['bytes'] for part in roofline['traffic'] if part['link'] == 'network') / 1e6:.1f}",
         f"{hidden:.0%}",
         f"{1e3 * roofline['compute_s']:.0f} / {1e3 * roofline['memory_s']:.0f} / {1e3 * roofline['network_s']:.0f}",
         f"{1e3 * roofline['step_s']:.0f}",
