@@ -177,15 +177,20 @@ def test_experts_may_run_in_the_step(prepared, talks, tmp_path):
 
 
 def test_hawaii_reads_the_questions(prepared, talks, tmp_path):
-    """Its scores depend on the instruction, and the text head learns from them."""
+    """Both stages: the second goes on with the first's heads, and the text head learns from the questions."""
+    words = ("--config.method.instruction_width=32", "--config.method.instruction_tokens=12")
+    before = settings(prepared, talks, "plain", *STAGE_1, *words, "--config.train.steps=1", method="hawaii")
+    on_one(before, tmp_path / "first")
     config = settings(
-        prepared, talks, "mixed", *STAGE_2, "--config.method.instruction_width=32",
-        "--config.method.instruction_tokens=12", method="hawaii",
-    )  # fmt: skip
+        prepared, talks, "mixed", *STAGE_2, *words, f"--config.train.start_from={tmp_path / 'first'}", method="hawaii"
+    )
     rows = on_one(config, tmp_path / "run")
     assert rows[-1]["loss/text"] > 0
     trained = flatten(load_student(tmp_path / "run")[1]["method"])
-    drawn = flatten(initial_parameters(config, talks, expert_cards(config, talks))[0]["method"])
+    drawn = flatten(initial_parameters(before, talks, expert_cards(before, talks))[0]["method"])
+    first = flatten(load_student(tmp_path / "first")[1]["method"])
+    # Captions ask nothing, so the first stage leaves the text head as drawn.
+    np.testing.assert_array_equal(np.asarray(first["text/out/kernel"]), np.asarray(drawn["text/out/kernel"]))
     assert not np.array_equal(np.asarray(trained["text/out/kernel"]), np.asarray(drawn["text/out/kernel"]))
     with pytest.raises(InputError, match="instruction_width: expected language.width 32 or 0, found 16"):
         on_one(
@@ -275,6 +280,16 @@ def test_tove_trains_around_a_frozen_decoder_answers_and_merges(prepared, talks,
     assert isinstance(none.answer([[picture]], [""], Decoding(4))[0], str)
     with pytest.raises(InputError, match="'sam_l' is not attached"):
         open_answerer(tmp_path / "run", experts=["sam_l"])
+
+    # Questions and answers, two pictures or none among them; now the decoder trains too.
+    tuned = settings(
+        prepared, talks, "mixed", *TOVE, "--config.text.template=vqa", "--config.text.limit=64",
+        "--config.text.pictures=2", "--config.train.steps=1", f"--config.train.start_from={tmp_path / 'run'}",
+        "--config.optim.groups=(('student/.*',None),('.*',1.0))", method="tove",
+    )  # fmt: skip
+    assert on_one(tuned, tmp_path / "tuned")[0]["loss/text"] > 0
+    moved, body = load_language(tmp_path / "tuned"), "language/model/layers/mlp/fc1/kernel"
+    assert not np.array_equal(moved[body], load_language(tmp_path / "run")[body])
 
     merging = dataclasses.replace(merge_settings(tmp_path / "run"), train=dataclasses.replace(config.train, steps=2))
     merging = dataclasses.replace(merging, optim=dataclasses.replace(merging.optim, lr=1e-2))
