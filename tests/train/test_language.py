@@ -14,9 +14,10 @@ from tests.train.conftest import overrides
 from tove_jax.cli.export import export_run_llava
 from tove_jax.config import from_file
 from tove_jax.config.schema import OptimConfig
+from tove_jax.data import make_source
 from tove_jax.data.conversation import IGNORED
 from tove_jax.data.tokenizer import train_tokenizer
-from tove_jax.errors import InputError
+from tove_jax.errors import InputError, NonFiniteError
 from tove_jax.eval.answerers import open_answerer
 from tove_jax.experts.run import expert_cards, extract_all
 from tove_jax.hf.load import load_clip
@@ -24,6 +25,7 @@ from tove_jax.language.decode import Decoding
 from tove_jax.language.loss import next_tokens, token_losses
 from tove_jax.train.checkpoint import load_language, load_student
 from tove_jax.train.initial import initial_parameters
+from tove_jax.train.language import run_tokenizer, tokenizer_hash
 from tove_jax.train.loop import train
 from tove_jax.train.merge import merge_settings
 from tove_jax.train.metrics import read_rows
@@ -254,6 +256,28 @@ def test_settings_that_do_not_fit_are_refused(prepared, talks, tmp_path, more, m
 def test_the_caption_head_and_a_language_model_exclude_each_other(prepared, talks, tmp_path):
     with pytest.raises(InputError, match="caption head stands in for a language model"):
         on_one(settings(prepared, talks, "plain", *STAGE_1, method="tove"), tmp_path)
+
+
+def test_a_second_stage_reads_with_the_tokenizer_of_the_first(first, prepared, talks, tmp_path):
+    other = train_tokenizer(["other words altogether"] * 3, tmp_path / "other", size=320)
+    more = ("mixed", *STAGE_2, f"--config.train.start_from={first[0]}")
+    with pytest.raises(InputError, match="first.*: was trained with tokenizer '.*', this run has"):
+        on_one(settings(prepared, talks, *more, f"--config.text.tokenizer={tmp_path / 'other'}"), tmp_path / "run")
+    source = shutil.copytree(first[0], tmp_path / "source")
+    own = settings(
+        prepared, talks, "mixed", *STAGE_2, f"--config.train.start_from={source}", "--config.text.tokenizer="
+    )
+    dialogues = make_source(own.data).dialogues
+    assert tokenizer_hash(run_tokenizer(own, tmp_path / "drawn", dialogues, range(9))) != tokenizer_hash(other)
+    shutil.copytree(tmp_path / "other", source / "tokenizer")
+    assert tokenizer_hash(run_tokenizer(own, tmp_path / "handed", dialogues, range(9))) == tokenizer_hash(other)
+
+
+def test_a_loss_that_is_not_finite_names_conversations(prepared, talks, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 2: .*; records of its batch: .*; conversations of its batch: \d"):
+        on_one(
+            settings(prepared, talks, "plain", *STAGE_1, "--config.optim.lr=1e38", "--config.optim.warmup=0"), tmp_path
+        )
 
 
 TOVE = ("--config.language.kind=tove", "--config.text.template=plain", "--config.method.text_weight=0",

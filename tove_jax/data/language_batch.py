@@ -7,12 +7,12 @@ plans the same ones without talking to the others, and takes its slice of the ro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tove_jax.data.conversation import IGNORED, IMAGE, IMAGE_ID, Encoded
+from tove_jax.data.conversation import IGNORED, Encoded
 from tove_jax.errors import InputError
 
 
@@ -31,21 +31,6 @@ class PlannedBatch:
     def shared(self) -> list[list[int]]:
         """Returns the conversations of each row, in their order; none in rows that only fill the batch."""
         return [[int(text) for text in row if text >= 0] for row in self.rows.reshape(len(self.rows), -1)]
-
-
-def word_lengths(conversations: Sequence[Sequence[Mapping[str, Any]]], image_words: int = 128) -> np.ndarray:
-    """Returns LLaVA's estimate of each conversation's length, int32 (n,): words, and 128 more with a picture.
-
-    It costs no tokenizer, and serves for grouping; `plan_batches` needs lengths in tokens besides.
-    """
-    return np.array(
-        [
-            sum(len(turn["value"].split()) for turn in turns)
-            + image_words * any(IMAGE in turn["value"] for turn in turns)
-            for turns in conversations
-        ],
-        np.int32,
-    )
 
 
 def _grouped(rows: np.ndarray, lengths: np.ndarray, batch: int, window: int, rng: np.random.Generator) -> list[Any]:
@@ -83,7 +68,7 @@ def plan_batches(
       buckets: lengths a batch may be padded to; one compilation each.
       batch: rows of a global batch.
       seed, epoch: of the order.
-      group: (n,), what to sort by instead of `lengths`, such as `word_lengths`.
+      group: (n,), what to sort by instead of `lengths`.
       by_modality: keep pictured rows and text apart.
       window: batches that are sorted together. 1 is LLaVA's, which balances devices; more gives less padding.
       drop_remainder: leave an incomplete last batch out, else it is filled up with -1.
@@ -198,13 +183,6 @@ def plan_packed(
     return [PlannedBatch(table[first * batch : (first + 1) * batch], limit) for first in range(whole)]
 
 
-def padding_share(plan: Sequence[PlannedBatch], lengths: np.ndarray) -> float:
-    """Returns the share of an epoch's positions that hold no token."""
-    places = sum(len(batch.rows) * batch.length for batch in plan)
-    tokens = sum(int(np.asarray(lengths)[batch.rows[batch.rows >= 0]].sum()) for batch in plan)
-    return 1.0 - tokens / places
-
-
 Row = Encoded | Sequence[Encoded] | None
 """One conversation, several that share a row, or nothing."""
 
@@ -273,22 +251,3 @@ def collate(
         arrays["image_counts"][number] = shown
         arrays["record"][number] = record
     return arrays
-
-
-def batch_metrics(rows: Sequence[Row], length: int) -> dict[str, float]:
-    """Returns what a batch loses: shares of padding and of learned tokens; texts cut by the limit; texts not learned."""
-    real = [text for row in rows for text in _texts(row)]
-    places, tokens = len(rows) * length, sum(len(text) for text in real)
-    return {
-        "text/padding": 1.0 - tokens / places,
-        "text/learned": sum(int((text.labels != IGNORED).sum()) for text in real) / max(tokens, 1),
-        "text/truncated_rows": float(sum(text.truncated > 0 for text in real)),
-        "text/truncated_tokens": float(sum(text.truncated for text in real)),
-        "text/ignored_rows": float(sum(text.ignored for text in real)),
-    }
-
-
-def image_slots(input_ids: np.ndarray) -> np.ndarray:
-    """Returns int32 (B, L): which of its row's picture tokens a position takes, -1 for text."""
-    here = input_ids == IMAGE_ID
-    return np.where(here, np.cumsum(here, axis=-1) - 1, -1).astype(np.int32)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from tove_jax.data.dialogue import pictures_of
+from tove_jax.data.dialogue import blank_picture, pictures_of
 from tove_jax.data.picture import PictureSource
 from tove_jax.data.texts import Texts
 from tove_jax.data.view import View
@@ -133,12 +133,10 @@ class _ByText:
     A text without a picture has the blank one, so that what is computed of every row has something to read.
     """
 
-    def __init__(self, texts: Texts, rows: range, indices: np.ndarray, pictured: np.ndarray | None):
+    def __init__(self, texts: Texts, rows: range, indices: np.ndarray, blank: int | None):
         self.texts, self.rows, self.width = texts, rows, texts.settings.pictures
         self.position = {int(index): position for position, index in enumerate(indices)}
-        self.blank = None
-        if pictured is not None and not pictured[indices].all():
-            self.blank = int(np.flatnonzero(~pictured[indices])[0])
+        self.blank = None if blank is None else self.position.get(blank)
         for number in map(int, texts.numbers):
             pictures = pictures_of(texts.dialogues, number)
             known = self.position.keys() >= set(pictures)
@@ -411,7 +409,7 @@ def make_loader(
     if texts is None:
         plan = _ByPicture(order, total, batch, rows)
     else:
-        plan = _ByText(texts, rows, indices, pictured)
+        plan = _ByText(texts, rows, indices, blank_picture(source))
     assemble = _Assemble(plan, indices.astype(np.int32), ids, source, cuts, tuple(features), captions, pictured, seed)
     record_bytes = picture_bytes + sum(
         int(np.prod(shape)) * np.dtype(dtype).itemsize

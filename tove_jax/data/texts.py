@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tove_jax.config.schema import TextConfig
-from tove_jax.data.conversation import IMAGE, Encoded, encode, expand_images, get_template
+from tove_jax.data.conversation import IMAGE, Encoded, encode, expand_images, get_template, without_pictures
 from tove_jax.data.dialogue import Dialogue, pictures_of
 from tove_jax.data.language_batch import PlannedBatch, collate, plan_batches, plan_packed
 from tove_jax.data.tokenizer import Tokenizer
@@ -96,8 +96,6 @@ class Texts:
         where = f"conversation {dialogue.id!r}"
         row = encode(dialogue.turns, template, self.tokenizer, images=len(dialogue.pictures), where=where)
         if not self.picture_tokens:
-            from tove_jax.data.conversation import without_pictures
-
             return expand_images(without_pictures(row), (), self.settings.limit)
         return expand_images(row, [self.picture_tokens] * len(dialogue.pictures), self.settings.limit)
 
@@ -105,7 +103,8 @@ class Texts:
         """Makes the arrays of some rows of a batch, each the conversations that share it.
 
         ``input_ids``, ``labels`` int32 and ``attention_mask`` bool (B, L) as `collate` gives them, and ``segments``
-        with packing; ``dialogue`` int32 (B,), the row's first conversation; ``instruction`` int32 (B, l), the questions' tokens, -1 where there are no more.
+        with packing; ``dialogue`` int32 (B,), the row's first conversation, -1 for none; ``instruction`` int32
+        (B, I, l), the tokens of the questions asked in each picture's conversation, -1 where there are no more.
         """
         found = collate(
             [[self.encoded(number) for number in row] for row in rows],
@@ -121,11 +120,16 @@ class Texts:
         return result
 
     def _questions(self, row: Sequence[int]) -> np.ndarray:
-        words = np.full(self.instruction, -1, np.int32)
+        """Returns the tokens of the questions about each picture of a row, int32 (I, l), -1 where there are no more."""
+        words = np.full((self.settings.pictures, self.instruction), -1, np.int32)
         if get_template(self.settings.template).pictures_only:
             return words
-        turns = [turn for number in row for turn in self.dialogues[number].turns if turn["from"] == "human"]
-        parts = [self.tokenizer.split(turn["value"].replace(IMAGE, "").strip())[0] for turn in turns]
-        ids = np.concatenate([np.zeros(0, np.int32), *parts])[: self.instruction]
-        words[: len(ids)] = ids
+        place = 0
+        for number in row:
+            turns = [turn["value"] for turn in self.dialogues[number].turns if turn["from"] == "human"]
+            parts = [self.tokenizer.split(text.replace(IMAGE, "").strip())[0] for text in turns]
+            ids = np.concatenate([np.zeros(0, np.int32), *parts])[: self.instruction]
+            count = len(pictures_of(self.dialogues, number))
+            words[place : place + count, : len(ids)] = ids
+            place += count
         return words

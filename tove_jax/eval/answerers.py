@@ -171,8 +171,7 @@ def read_language(
             f"{provenance['language']}, found {found}"
         )
     mesh = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=1, tensor=1), jax.local_devices()[:1])
-    language, _ = initial_language(config, model, mesh, load_language(run, step))
-    return tokenizer, model, language
+    return tokenizer, model, initial_language(config, model, mesh, load_language(run, step))
 
 
 def _seeing(

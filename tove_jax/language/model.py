@@ -93,20 +93,19 @@ def text_loss(
       model: the modules.
       params: ``{"projector", "model", "lora"}``.
       tokens: (B, M, D), each row's picture tokens in order.
-      text: ``input_ids``, ``labels`` int and ``attention_mask`` bool (B, T), and optionally ``segments`` int (B, T), see `Llama.__call__`;
-        ``weight`` float32 (B,), see `tove_jax.train.objective.weigh_text`: what a learned token of the row counts.
+      text: ``input_ids``, ``labels`` int and ``attention_mask`` bool (B, T), and optionally ``segments`` int (B, T),
+        see `Llama.__call__`; ``weight`` float32 (B,), see `tove_jax.train.objective.weigh_text`: what a learned token of the row counts.
       shown: bool (B, M), see `LanguageModel.inputs`.
 
     Returns:
       The sum over the learned tokens of weight times loss, and scalars: ``text/accuracy``, the share of learned
       tokens that were the likeliest, ``text/learned`` and ``text/padding``, shares of all positions.
     """
-    inputs = model.inputs(params, tokens, text["input_ids"], shown)
+    inputs, variables = model.inputs(params, tokens, text["input_ids"], shown), model.variables(params)
     result: Any = model.decoder.apply(
-        model.variables(params), **inputs, mask=text.get("segments"), intermediates=("hidden",), final=False
+        variables, **inputs, mask=text.get("segments"), intermediates=("hidden",), final=False
     )
     targets = next_tokens(text["labels"])
-    variables = model.variables(params)
     losses, right = token_losses(
         result[1]["hidden"],
         targets,

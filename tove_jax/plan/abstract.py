@@ -205,7 +205,7 @@ def abstract_text(config: Config, length: int | None = None) -> dict[str, Any]:
         found["segments"] = jax.ShapeDtypeStruct(shape, np.int32)
     found["dialogue"] = jax.ShapeDtypeStruct((rows,), np.int32)
     if isinstance(method, HawaiiConfig) and method.instruction_width:
-        found["instruction"] = jax.ShapeDtypeStruct((rows, method.instruction_tokens), np.int32)
+        found["instruction"] = jax.ShapeDtypeStruct((rows, config.text.pictures, method.instruction_tokens), np.int32)
     return found
 
 

@@ -116,28 +116,38 @@ def handed_vocabulary(config: Config) -> Vocabulary | None:
     return None if expected is None else Vocabulary.read(config.train.start_from, expected)
 
 
-def handed_language(config: Config) -> Flat:
-    """Returns the ``language/...`` leaves that this run takes from another, on the host: those that trained there.
-
-    A merge's source is that run, else the run of ``train.start_from``; an export, or a run without a language
-    model, hands nothing on.
-
-    Raises:
-      InputError: a run with another language model or tokenizer.
-    """
+def source_run(config: Config) -> tuple[Path, int | None] | None:
+    """Returns the run that this one goes on from or merges, and its step; None where there is none, or an export."""
     merges = isinstance(config.method, MergeConfig)
     folder, step = (config.method.source, config.method.source_step) if merges else (config.train.start_from, 0)
-    if not folder or not is_run(folder):
+    return (Path(folder), step or None) if folder and is_run(folder) else None
+
+
+def handed_language(config: Config, origins: Mapping[str, str]) -> Flat:
+    """Returns the ``language/...`` leaves that this run takes from another (see `source_run`), on the host.
+
+    Those are what trained there, or was drawn; a run without a language model hands nothing on.
+
+    Args:
+      config: settings of the run that begins.
+      origins: its hashes ``tokenizer`` and ``language``, as far as it has them.
+
+    Raises:
+      InputError: the other run had another kind of language model, tokenizer or published weights.
+    """
+    source = source_run(config)
+    if source is None:
         return {}
-    stored, _ = load_settings(Path(folder), step or None)
+    folder, step = source
+    stored, provenance = load_settings(folder, step)
     if stored.language.kind == "none":
         return {}
-    what = "config.method.source" if merges else _FIELD
-    if stored.language.kind != config.language.kind:
-        raise InputError(
-            f"{what}: expected a run with language.kind '{config.language.kind}', {folder} has '{stored.language.kind}'"
-        )
-    return load_language(Path(folder), step or None)
+    pairs = [("language.kind", config.language.kind, stored.language.kind)]
+    pairs += [(name, origins.get(name), provenance.get(name)) for name in ("tokenizer", "language")]
+    for name, found, expected in pairs:
+        if found != expected:
+            raise InputError(f"{folder}: was trained with {name} {expected!r}, this run has {found!r}")
+    return load_language(folder, step)
 
 
 def _read(config: Config) -> _Source:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,14 @@ from tove_jax.data.split import Split
 from tove_jax.data.texts import Texts, bucket_lengths
 from tove_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tove_jax.errors import InputError
+from tove_jax.files.atomic import atomic_folder
 from tove_jax.files.slices import index_arrays
 from tove_jax.hf import llama as hf_llama
 from tove_jax.hf.load import locate
 from tove_jax.language import model as language_model
 from tove_jax.language.model import LanguageModel, tokenizer_source
-from tove_jax.parallel import first_match, logical_specs, tree_shardings
+from tove_jax.parallel import first_match, logical_specs, together, tree_shardings
+from tove_jax.train.handover import source_run
 from tove_jax.train.objective import DTYPES
 from tove_jax.train.state import flatten, unflatten
 
@@ -42,7 +45,7 @@ class LanguageSide(NamedTuple):
     Attributes:
       model: the modules.
       texts: the training conversations.
-      origins: hash of the tokenizer, by ``tokenizer``.
+      origins: hashes: ``tokenizer``, and ``language`` of the decoder's files where it is read from some.
     """
 
     model: LanguageModel
@@ -60,13 +63,17 @@ def open_language(
     """
     if config.language.kind == "none":
         return None
-    numbers, _ = chosen_dialogues(source, sides)
-    tokenizer = run_tokenizer(config, workdir, source, numbers)
+    dialogues = dialogues_of(source)
+    numbers, _ = chosen_dialogues(dialogues, sides)
+    tokenizer = run_tokenizer(config, workdir, dialogues, numbers)
     model = build(config, len(tokenizer))
     assert model is not None
     cache = cache_folder(config.data.cache)
-    texts = make_texts(config, source, numbers, tokenizer, cache=cache, progress=progress)
-    return LanguageSide(model, texts, {"tokenizer": tokenizer_hash(tokenizer)})
+    texts = make_texts(config, dialogues, numbers, tokenizer, cache=cache, progress=progress)
+    origins = {"tokenizer": tokenizer_hash(tokenizer)}
+    if config.language.initialize:
+        origins["language"] = fingerprint(config.language.initialize)
+    return LanguageSide(model, texts, origins)
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -75,14 +82,13 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def chosen_dialogues(source: PictureSource, sides: Split) -> tuple[list[int], list[int]]:
+def chosen_dialogues(dialogues: Sequence[Dialogue], sides: Split) -> tuple[list[int], list[int]]:
     """Returns which conversations train and which are held out: those whose pictures all do, or all are.
 
-    A conversation without a picture trains, unless nothing does; one with pictures of both sides is left out.
+    A conversation without a picture trains; one with pictures of both sides is left out.
     """
     train, held_out = set(map(int, sides.train)), set(map(int, sides.held_out))
     found: tuple[list[int], list[int]] = ([], [])
-    dialogues = dialogues_of(source)
     for number in range(len(dialogues)):
         pictures = set(pictures_of(dialogues, number))
         if pictures <= train:
@@ -92,49 +98,46 @@ def chosen_dialogues(source: PictureSource, sides: Split) -> tuple[list[int], li
     return found
 
 
-def read_pictures(source: PictureSource, sides: Split) -> np.ndarray:
-    """Returns the numbers of the pictures that training reads: its side, and the blank one where there is one."""
-    told = getattr(source, "pictured", None)
-    blank = np.zeros(0, np.int32) if told is None else np.flatnonzero(~np.asarray(told, bool)).astype(np.int32)
-    return np.unique(np.concatenate([sides.train, blank]).astype(np.int32))
-
-
-def run_tokenizer(config: Config, workdir: Path, source: PictureSource, numbers: list[int]) -> Tokenizer:
-    """Opens the run's tokenizer; trains one on its conversations where the settings name none.
+def run_tokenizer(config: Config, workdir: Path, dialogues: Sequence[Dialogue], numbers: Sequence[int]) -> Tokenizer:
+    """Opens the run's tokenizer. Where the settings name none, that of the run it goes on from, or one trained here.
 
     Raises:
       InputError: no such tokenizer, or one that lacks what the template needs.
     """
-    name = tokenizer_source(config.language, config.text.tokenizer, workdir)
-    own = workdir / "tokenizer"
-    if name == str(own) and not own.exists():
-        if not jax.process_index():
-            dialogues = dialogues_of(source)
-            template = get_template(config.text.template)
-            frames = {"human": template.question + template.reply, "gpt": ""}
-            for mark in template.tokens:
-                frames["human"] = frames["human"].replace(mark, "")
-            # The template's own words recur in every round, so they deserve pieces of their own.
-            texts = (
-                text
-                for number in numbers
-                for turn in dialogues[number].turns
-                for text in (turn["value"].replace(IMAGE, ""), frames[turn["from"]])
-            )
-            train_tokenizer(texts, own, size=config.language.vocabulary or TOKENIZER_SIZE)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("tokenizer")
+    name, own = tokenizer_source(config.language, config.text.tokenizer, workdir), workdir / "tokenizer"
+    with together.first_before_others("tokenizer"):
+        if name == str(own) and not own.exists():
+            source = source_run(config)
+            handed = None if source is None else source[0] / "tokenizer"
+            if handed is not None and handed.is_dir():
+                # Other pieces would give every id that the handed model knows another meaning.
+                with atomic_folder(own) as temporary:
+                    shutil.copytree(handed, temporary, dirs_exist_ok=True)
+            else:
+                texts = _tokenizer_texts(config, dialogues, numbers)
+                train_tokenizer(texts, own, size=config.language.vocabulary or TOKENIZER_SIZE)
     tokenizer = load_tokenizer(name)
     check_tokenizer(get_template(config.text.template), tokenizer)
     return tokenizer
 
 
+def _tokenizer_texts(config: Config, dialogues: Sequence[Dialogue], numbers: Sequence[int]) -> Iterator[str]:
+    """Yields the turns, and the template's own words in every round, which recur and so deserve pieces of their own."""
+    template = get_template(config.text.template)
+    frame = template.question + template.reply
+    for mark in template.tokens:
+        frame = frame.replace(mark, "")
+    for number in numbers:
+        for turn in dialogues[number].turns:
+            yield turn["value"].replace(IMAGE, "")
+            if turn["from"] == "human":
+                yield frame
+
+
 def make_texts(
     config: Config,
-    source: PictureSource,
-    numbers: list[int],
+    dialogues: Sequence[Dialogue],
+    numbers: Sequence[int],
     tokenizer: Tokenizer,
     *,
     cache: Path | None,
@@ -149,7 +152,6 @@ def make_texts(
     if not numbers:
         raise InputError("config.data: no conversation has all its pictures on the training side")
     bucket_lengths(config.text)
-    dialogues = dialogues_of(source)
     places = picture_places(config)
     chosen: list[Dialogue] = [dialogues[number] for number in numbers]
     lengths = dialogue_lengths(
@@ -205,6 +207,8 @@ def build(config: Config, vocabulary: int, *, read: bool = True) -> LanguageMode
             "config.method.text_weight: the caption head stands in for a language model; set it to 0 beside "
             f"language.kind '{config.language.kind}'"
         )
+    if config.language.kind == "tove" and config.text.pack:
+        raise InputError("config.text.pack: texts that share a row would see each other's pictures; kind 'tove' cannot")
     if isinstance(method, HawaiiConfig) and method.instruction_width not in (0, config.language.width):
         raise InputError(
             f"config.method.instruction_width: expected language.width {config.language.width} or 0, found "
@@ -216,7 +220,7 @@ def build(config: Config, vocabulary: int, *, read: bool = True) -> LanguageMode
 
 def initial_language(
     config: Config, model: LanguageModel, mesh: Mesh, handed: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> dict[str, Any]:
     """Makes the language parameters on the mesh, each straight into its shards.
 
     The decoder is read from ``language.initialize``, or drawn; what trains is float32, the rest has the compute
@@ -230,7 +234,7 @@ def initial_language(
         read ones.
 
     Returns:
-      ``{"projector", "model", "lora"}``, and hashes: ``language`` of the decoder's files.
+      ``{"projector", "model", "lora"}``.
 
     Raises:
       InputError: weights that do not fit; leaves of another shape.
@@ -243,29 +247,28 @@ def initial_language(
     axes = logical_specs(flat, language_model.logical_axes(config.language), "logical axes")
     shardings = tree_shardings(flat, axes, mesh)
     dtypes = {path: jnp.float32 if factors[path] is not None else DTYPES[config.train.dtype] for path in flat}
-    origins: dict[str, str] = {}
-    found: dict[str, Any] = {}
-    if config.language.initialize:
+    handed, found = dict(handed or {}), {}
+    decoder = [path for path in flat if path.startswith("language/model/")]
+    if config.language.initialize and not all(path in handed for path in decoder):
         store = dtypes[next(path for path in flat if path.endswith("token_embed"))]
-        trained = any(factors[path] is not None for path in flat if path.startswith("language/model/"))
+        trained = any(factors[path] is not None for path in decoder)
         read, notes = _read_decoder(config, model, mesh, jnp.float32 if trained else store)
         found = {f"language/model/{path}": leaf for path, leaf in flatten(read).items()}
-        origins["language"] = fingerprint(config.language.initialize)
         for note in notes if not jax.process_index() else ():
             print(f"train: from {config.language.initialize}: {note}", file=sys.stderr)
-    drawn = [path for path in flat if path not in found]
+    drawn = [path for path in flat if path not in found and path not in handed]
 
     def draw() -> dict[str, Any]:
         tree = flatten(whole(model, width, first, second))
         return {path: tree[path.removeprefix("language/")].astype(dtypes[path]) for path in drawn}
 
     found |= jax.jit(draw, out_shardings={path: shardings[path] for path in drawn})()
-    for path, leaf in (handed or {}).items():
+    for path, leaf in handed.items():
         if path not in flat or np.shape(leaf) != flat[path].shape:
             expected = flat[path].shape if path in flat else "nothing"
             raise InputError(f"config.train.start_from: {path}: expected {expected}, found {np.shape(leaf)}")
         found[path] = jax.device_put(np.asarray(leaf).astype(dtypes[path]), shardings[path])
-    return unflatten(found)["language"], origins
+    return unflatten(found)["language"]
 
 
 def abstract_language(config: Config) -> tuple[LanguageModel, dict[str, Any]] | None:

@@ -26,6 +26,7 @@ import tove_jax
 from tove_jax import methods
 from tove_jax.config.schema import Config
 from tove_jax.data import make_source
+from tove_jax.data.dialogue import dialogues_of
 from tove_jax.data.loader import Loader, make_loader
 from tove_jax.data.picture import PictureSource
 from tove_jax.data.split import Split, split
@@ -43,7 +44,7 @@ from tove_jax.parallel.sharding import batch_share
 from tove_jax.train.checkpoint import Checkpoints, settings_of
 from tove_jax.train.handover import handed_language, handed_vocabulary
 from tove_jax.train.initial import initial_parameters, initial_state
-from tove_jax.train.language import LanguageSide, initial_language, open_language, read_pictures
+from tove_jax.train.language import LanguageSide, initial_language, open_language
 from tove_jax.train.metrics import MetricWriter, progress_bar, update_summary
 from tove_jax.train.objective import count, training_step
 from tove_jax.train.optimizer import make_optimizer
@@ -95,9 +96,9 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
     params, origins = initial_parameters(config, workdir, expert_cards(config, workdir))
     with jax.set_mesh(mesh):
         if side is not None:
-            handed = handed_language(config)
-            params["language"], behind = initial_language(config, side.model, mesh, handed)
-            origins |= behind | side.origins | ({"source_language": hash_arrays(handed)} if handed else {})
+            handed = handed_language(config, side.origins)
+            params["language"] = initial_language(config, side.model, mesh, handed)
+            origins |= side.origins | ({"source_language": hash_arrays(handed)} if handed else {})
         provenance = _provenance(config, workdir, manifests, origins)
         provenance |= {f"expert/{name}": expert.weights_hash for name, expert in online.experts.items()}
         if words is not None:
@@ -120,7 +121,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
         step = training_step(config, manifests, online, None if side is None else side.model, optimizer)
         step = jit_step(step, shardings, online.shardings(mesh), mesh)
         try:
-            run = _Run(config, workdir, mesh, batches, source.ids, checkpoints, provenance, progress)
+            run = _Run(config, workdir, mesh, batches, source, checkpoints, provenance, progress)
             return run.go(lambda state, batch: step(state, batch, experts), state, latest or 0)
         finally:
             batches.close()
@@ -153,7 +154,7 @@ def _make_loader(
 ) -> Loader:
     return make_loader(
         source,
-        sides.train if side is None else read_pictures(source, sides),
+        sides.train,
         View.of_student(config.student),
         stores,
         batch=config.train.batch,
@@ -244,25 +245,28 @@ class _Run:
         workdir: Path,
         mesh: Any,
         batches: Any,
-        ids: Sequence[str],
+        source: PictureSource,
         checkpoints: Checkpoints,
         provenance: dict[str, Any],
         progress: bool,
     ) -> None:
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.batches, self.ids = batches, ids
+        self.batches, self.source = batches, source
         self.checkpoints, self.provenance = checkpoints, provenance
         self.main = jax.process_index() == 0
         self.progress = progress and self.main
         self.waited = 0.0
-        self.records: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=3)
+        self.records: collections.deque[tuple[int, dict[str, np.ndarray]]] = collections.deque(maxlen=3)
 
-    def fetch(self) -> tuple[Any, np.ndarray, dict[str, Any]]:
-        """Takes the next batch; returns it on the devices, its records, and the iterator's state after it."""
+    def fetch(self) -> tuple[Any, dict[str, np.ndarray], dict[str, Any]]:
+        """Takes the next batch; returns it on the devices, what it holds, and the iterator's state after it."""
         began = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - began
-        return shard_batch(batch, self.mesh), batch["record"], self.batches.get_state()
+        held = {"records": batch["record"]}
+        if "text" in batch:
+            held["conversations"] = batch["text"]["dialogue"]
+        return shard_batch(batch, self.mesh), held, self.batches.get_state()
 
     def go(self, step: Any, state: TrainState, done: int) -> int:
         config, total = self.config, self.config.train.steps
@@ -330,16 +334,21 @@ class _Run:
         if np.isfinite(float(metrics["loss/total"])) and np.isfinite(float(metrics["optim/gradient_norm"])):
             return
         bad = int(state.bad_step) + 1
-        here = [int(i) for number, rows in self.records if number == bad for i in rows.ravel() if i >= 0]
-        rows = np.concatenate(together.gather_rows(np.asarray(here, np.int32)))
-        records = [self.ids[row] for row in dict.fromkeys(rows.tolist())]
+        here = next((held for number, held in self.records if number == bad), {})
+        named: dict[str, list[str]] = {}
+        for what in sorted(here):
+            rows = np.concatenate(together.gather_rows(here[what][here[what] >= 0].astype(np.int32)))
+            places = dict.fromkeys(rows.tolist())
+            dialogues = dialogues_of(self.source) if what == "conversations" else ()
+            named[what] = [dialogues[row].id if dialogues else self.source.ids[row] for row in places]
         kept = Checkpoints(self.workdir, self.config, self.provenance, name="nonfinite")
-        kept.save(bad, state, {"records": records})
+        kept.save(bad, state, named)
         kept.close()
         raise NonFiniteError(
             f"step {bad}: loss {float(metrics['loss/total'])}, gradient norm "
-            f"{float(metrics['optim/gradient_norm'])}; records of its batch: {', '.join(records)}; "
-            f"the state that met it is in {kept.path / str(bad)}"
+            f"{float(metrics['optim/gradient_norm'])}; "
+            + "".join(f"{what} of its batch: {', '.join(ids)}; " for what, ids in sorted(named.items(), reverse=True))
+            + f"the state that met it is in {kept.path / str(bad)}"
         )
 
     def _summarise(self, first: float | None, last: float | None, rates: list[tuple[float, float]]) -> None:

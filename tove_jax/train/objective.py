@@ -66,8 +66,7 @@ def make_loss(config: Config, manifests: Mapping[str, Manifest], language: Langu
         pixels = view.normalize(batch["pixels"])
         outputs = method.forward(student, params, pixels, features, config, key)
         if language is not None and text is not None and "instruction" in text:
-            # Every picture of a row is scored with the row's questions.
-            words = jnp.repeat(text["instruction"], batch["mask"].shape[0] // rows, axis=0)
+            words = text["instruction"].reshape(batch["mask"].shape[0], -1)
             embedded = jax.lax.stop_gradient(language.embed(params["language"], words))
             batch = {**batch, "instruction": embedded, "instruction_mask": words >= 0}
         total, metrics = method.objective(params.get("method", {}), outputs, features, batch, config)

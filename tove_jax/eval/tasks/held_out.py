@@ -51,7 +51,7 @@ def of_config(config: Config, run: Path) -> tuple[Any, list[Question]]:
         ]
     else:
         dialogues = dialogues_of(source)
-        chosen = [dialogues[place] for place in chosen_dialogues(source, sides)[1]]
+        chosen = [dialogues[place] for place in chosen_dialogues(dialogues, sides)[1]]
         found = [
             Question(one.id, one.pictures, one.turns[0]["value"].removeprefix(IMAGE).strip(), (one.turns[1]["value"],))
             for one in chosen
