@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     apply(config, arguments.preset)
     config.method.map_experts = ("depth", "normals", "edges")
     config.features.experts = ("depth", "normals", "edges", "dinov2_b", "eva02_clip_b")
+    config.mesh.update(data=-1, fsdp=-1, tensor=-1)
     config.data.update(source="webdataset", path="shards/*.tar")
     steps = max(1, epochs * arguments.pictures // batch)
     config.train.update(steps=steps, batch=batch)

@@ -31,14 +31,14 @@ def text(name):
     from tove_jax.parallel.mesh import AXES, AXIS_RULES, partition_spec
     from tove_jax.plan.abstract import abstract_run
     from tove_jax.plan.chips import parse
-    from tove_jax.plan.search import suggest
+    from tove_jax.plan.search import sizes as sizes_of
     from tove_jax.train.objective import logical_axes
 
     config = from_file(str(ROOT / "configs" / name))
     state = abstract_run(config).state
     shapes = {**state.trainable, **state.frozen}
     names = logical_specs(shapes, logical_axes(config), "logical axes")
-    sizes = {label: suggest(config, parse(*topology)) for label, topology in TOPOLOGIES.items()}
+    sizes = {label: sizes_of(config, parse(*topology)) for label, topology in TOPOLOGIES.items()}
     lines = [f"batch {config.train.batch}"]
     for label, found in sizes.items():
         lines.append(f"{label}: " + " x ".join(f"{axis} {size}" for axis, size in zip(AXES, found, strict=True)))

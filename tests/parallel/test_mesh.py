@@ -6,14 +6,42 @@ from jax.sharding import PartitionSpec
 from tove_jax.config.schema import MeshConfig
 from tove_jax.errors import InputError
 from tove_jax.parallel import check_replication, make_mesh, shard_batch, tree_shardings
-from tove_jax.parallel.mesh import AXIS_RULES, constrain, partition_spec
+from tove_jax.parallel.mesh import AXIS_RULES, constrain, fit_sizes, partition_spec
 
 
 def test_one_size_may_be_left_to_the_devices():
     assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])
+@pytest.mark.parametrize(
+    ("given", "devices", "slices", "rows", "found"),
+    [
+        ((-1, -1, -1), 1, 1, 256, (1, 1, 1)),
+        ((-1, -1, -1), 8, 1, 256, (1, 8, 1)),
+        ((-1, -1, -1), 64, 1, 256, (4, 16, 1)),
+        ((-1, -1, -1), 512, 2, 1024, (32, 16, 1)),
+        ((-1, -1, -1), 512, 2, 256, (16, 16, 2)),  # two devices a row
+        ((-1, -1, -1), 24, 2, 48, (2, 12, 1)),
+        ((-1, -1, -1), 16, 2, None, (2, 8, 1)),
+        ((2, -1, -1), 64, 1, 32, (2, 16, 2)),
+        ((-1, 4, -1), 64, 1, 32, (8, 4, 2)),
+        ((-1, -1, 4), 64, 1, 32, (1, 16, 4)),
+        ((2, 2, -1), 8, 1, None, (2, 2, 2)),
+        ((1, -1, 1), 64, 1, 32, (1, 64, 1)),
+    ],
+)
+def test_sizes_follow_from_devices_slices_and_batch(given, devices, slices, rows, found):
+    assert fit_sizes(MeshConfig(*given), devices, slices, rows=rows, heads=16) == found
+
+
+def test_a_batch_that_no_mesh_splits():
+    with pytest.raises(InputError, match="no divisor of 4 heads lets .* = 6 rows divide over the rest of 16 devices"):
+        fit_sizes(MeshConfig(-1, -1, -1), 16, rows=6, heads=4)
+    with pytest.raises(InputError, match="fsdp_limit"):
+        fit_sizes(MeshConfig(-1, -1, -1, fsdp_limit=0), 8)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 3), (0, 1, 1)])
 def test_sizes_that_do_not_fit(sizes):
     with pytest.raises(InputError, match="mesh"):
         make_mesh(MeshConfig(*sizes))

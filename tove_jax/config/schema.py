@@ -389,11 +389,16 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Shape of the device mesh; one -1 takes what is left."""
+    """Shape of the device mesh; -1 is found from the devices and the batch."""
 
-    data: int = option(-1, "Replicas of the parameters.")
-    fsdp: int = option(1, "Shards of parameters and optimiser state; batch is split over it too.")
-    tensor: int = option(1, "Shards of heads and hidden widths.")
+    data: int = option(-1, "Replicas of the parameters; -1: what is left.")
+    fsdp: int = option(
+        1, "Shards of parameters and optimiser state; batch is split over it too. -1: what is left, or `fsdp_limit`."
+    )
+    tensor: int = option(
+        1, "Shards of heads and hidden widths. -1: what is left, or as few as let the batch divide over the rest."
+    )
+    fsdp_limit: int = option(16, "Where data and fsdp are both -1: shards at most, inside a slice or a node.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,8 +42,9 @@ def llava_stage(config: ConfigDict, stage: int, language: str = "none") -> Confi
     Stage 1 trains projector, adapters, routers and the method's own parameters on captions, lr 1e-3, batch 256,
     pictures cut at the centre; stage 2 trains everything, the language model too, on conversations, lr 2e-5, batch
     128, pictures padded to a square with the mean colour, for the experts as for the student. Each is one epoch; a
-    stage 2 begins with the run that `train.start_from` names. With a language model everything is sharded over all
-    devices (`mesh.fsdp`), and its layers are computed again in the backward pass.
+    stage 2 begins with the run that `train.start_from` names. The mesh follows from the devices: everything is sharded
+    over at most 16 of a slice in stage 1, 64 in stage 2, with replicas over the rest. With a language model, its layers
+    are computed again in the backward pass.
 
     Args:
       config: settings as `tove_jax.config.thaw` gives them; changed in place.
@@ -66,11 +67,11 @@ def llava_stage(config: ConfigDict, stage: int, language: str = "none") -> Confi
     config.text.template = {1: "plain", 2: "v1"}[stage]
     if language != "none":
         config.language.update({"kind": "llava", "vocabulary": 32000, "remat": "full", "loss_chunk": 256})
-        config.mesh.update(data=1, fsdp=-1)
         if config.method.name == "hawaii":
             config.method.instruction_width = LANGUAGES[language]["width"]
     config.language.update(LANGUAGES[language])
     batch = {1: 256, 2: 128}[stage]
+    config.mesh.update(data=-1, fsdp=-1, tensor=-1, fsdp_limit={1: 16, 2: 64}[stage])
     config.data.update(source="llava", held_out=0.0)
     config.train.update(steps=PICTURES[stage] // batch, batch=batch)
     if stage == 2:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from tove_jax.config.schema import MeshConfig
+from tove_jax.config.schema import Config, MeshConfig
 from tove_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -36,12 +36,34 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 ACTIVATION_RULES: dict[str, tuple[str, ...]] = {**AXIS_RULES, "embed": (), "teacher": ()}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds the mesh of a run; see `make_mesh`."""
+    return make_mesh(config.mesh, devices, rows=rows_at_once(config), heads=common_heads(config))
+
+
+def rows_at_once(config: Config) -> int:
+    """Returns the rows of a micro-batch, which the mesh splits."""
+    return config.train.batch // config.train.accumulation
+
+
+def common_heads(config: Config) -> int:
+    """Returns the number that divides the heads of all of a run's models, which bounds ``tensor``."""
+    heads, language = config.student.heads, config.language
+    if language.kind == "none":
+        return heads
+    return math.gcd(heads, language.kv_heads if language.kind == "llava" else language.heads)
+
+
+def make_mesh(
+    config: MeshConfig, devices: Sequence[Any] | None = None, *, rows: int | None = None, heads: int = 1
+) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh.
 
     Args:
-      config: sizes; one may be -1. Of several TPU slices, `data` must be a multiple of their number.
+      config: sizes, see `fit_sizes`. Of several TPU slices, `data` must be a multiple of their number.
       devices: all of `jax.devices()` when None.
+      rows: see `fit_sizes`.
+      heads: see `fit_sizes`.
 
     Returns:
       A mesh with Auto axes.
@@ -50,25 +72,72 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       InputError: sizes that do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
-    given = math.prod(size for size in sizes if size != -1)
-    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"mesh: sizes must be positive, at most one of them -1, found {sizes}")
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
-    if math.prod(sizes) != len(devices):
+    slices = len({_slice_of(device) for device in devices})
+    return Mesh(
+        _laid_out(fit_sizes(config, len(devices), slices, rows=rows, heads=heads), devices),
+        AXES,
+        axis_types=(AxisType.Auto,) * 3,
+    )
+
+
+def fit_sizes(
+    config: MeshConfig, devices: int, slices: int = 1, *, rows: int | None = None, heads: int = 1
+) -> tuple[int, int, int]:
+    """Returns (data, fsdp, tensor) with every -1 found.
+
+    ``tensor`` is the smallest divisor of the heads that lets the rows divide over the other devices. ``fsdp`` is the
+    largest divisor of a slice's devices up to ``fsdp_limit``, and ``data`` takes the rest: then what a device sends
+    does not grow with their number. Where a single size is -1, it takes what is left.
+
+    Args:
+      config: sizes.
+      devices: their number.
+      slices: TPU slices or nodes of GPUs among which they are shared out evenly.
+      rows: of a micro-batch; None: not known, any number.
+      heads: what ``tensor`` must divide.
+
+    Raises:
+      InputError: sizes that do not multiply to the number of devices; a batch that no size of ``tensor`` fits.
+    """
+    data, fsdp, tensor = given = config.data, config.fsdp, config.tensor
+    if any(size == 0 or size < -1 for size in given) or config.fsdp_limit < 1:
         raise InputError(
-            f"mesh: data x fsdp x tensor = {config.data} x {config.fsdp} x {config.tensor} "
-            f"does not make the {len(devices)} devices found"
+            f"config.mesh: sizes must be positive or -1, and fsdp_limit positive, found {given} and {config.fsdp_limit}"
         )
-    return Mesh(_laid_out(tuple(sizes), devices), AXES, axis_types=(AxisType.Auto,) * 3)
+    known = math.prod(size for size in given if size != -1)
+    if given.count(-1) == 1 and devices % known == 0:
+        return tuple(devices // known if size == -1 else size for size in given)  # type: ignore[return-value]
+    if tensor == -1 and given.count(-1) > 1 and devices % known == 0:
+        shards = (size for size in range(1, heads + 1) if heads % size == 0 and devices // known % size == 0)
+        tensor = next((size for size in shards if rows is None or rows % (devices // size) == 0), 0)
+        if not tensor:
+            raise InputError(
+                f"config.mesh.tensor: no divisor of {heads} heads lets train.batch / train.accumulation = {rows} rows "
+                f"divide over the rest of {devices} devices"
+            )
+    if (data, fsdp) == (-1, -1):
+        inside = max(1, devices // slices // tensor)
+        fsdp = max(size for size in range(1, min(inside, config.fsdp_limit) + 1) if inside % size == 0)
+    if fsdp == -1:
+        fsdp = devices // (data * tensor)
+    if data == -1:
+        data = devices // (fsdp * tensor)
+    if data * fsdp * tensor != devices:
+        raise InputError(
+            f"config.mesh: data x fsdp x tensor = {' x '.join(map(str, given))} does not make the {devices} devices found"
+        )
+    return data, fsdp, tensor
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
 
 
 def _laid_out(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     """Returns the devices in the mesh's shape, neighbours on the fastest links; `data` is outermost over slices."""
     slices: dict[int, list[Any]] = {}
     for device in devices:
-        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+        slices.setdefault(_slice_of(device), []).append(device)
     tpu = devices[0].platform == "tpu"
     if sizes[0] % len(slices) and not tpu:
         slices = {0: devices}  # nodes of GPUs, whose network carries sharded parameters too

@@ -189,12 +189,12 @@ def places_of(mesh: jax.sharding.Mesh, topology: Topology) -> list[Any]:
 def compiled_here(config: Config, topology: Topology, *, length: int | None = None) -> Compiled:
     """Compiles in this process, whose environment must fit; see `compile_step`."""
     from tove_jax.experts.flops import flops
-    from tove_jax.parallel import make_mesh
+    from tove_jax.parallel import run_mesh
     from tove_jax.plan.abstract import abstract_run, lower, on_mesh, tree_bytes
     from tove_jax.plan.hlo import Program
     from tove_jax.plan.roofline import roofline
 
-    mesh = make_mesh(config.mesh, find_devices(topology))
+    mesh = run_mesh(config, find_devices(topology))
     run = abstract_run(config, length)
     step_flops = flops(run.step, run.state, run.batch, run.experts)
     plain = abstract_run(without_remat(config), length)

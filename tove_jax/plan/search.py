@@ -9,6 +9,7 @@ from typing import Any
 
 from tove_jax.config.schema import Config, MeshConfig
 from tove_jax.errors import InputError
+from tove_jax.parallel.mesh import common_heads, fit_sizes, rows_at_once
 from tove_jax.plan.chips import Topology
 from tove_jax.plan.compile import Compiled, compile_step
 
@@ -47,45 +48,39 @@ def sizes(config: Config, topology: Topology) -> tuple[int, int, int]:
     Raises:
       InputError: they do not multiply to the devices, or the batch does not divide; a mesh that does is named.
     """
-    mesh = config.mesh
-    given = [mesh.data, mesh.fsdp, mesh.tensor]
-    known = math.prod(size for size in given if size != -1)
-    if given.count(-1) == 1 and known > 0 and topology.devices % known == 0:
-        given[given.index(-1)] = topology.devices // known
-    data, fsdp, tensor = given
-    pieces = config.train.accumulation * data * fsdp
-    slices = topology.slices if topology.chip.platform == "tpu" else 1
-    if math.prod(given) == topology.devices and config.train.batch % pieces == 0 and data % slices == 0:
-        return data, fsdp, tensor
-    found = suggest(config, topology)
+    why = ""
+    try:
+        data, fsdp, tensor = fit_sizes(
+            config.mesh, topology.devices, topology.slices, rows=rows_at_once(config), heads=common_heads(config)
+        )
+    except InputError as error:
+        why = f"; {error}"
+    else:
+        slices = topology.slices if topology.chip.platform == "tpu" else 1
+        if rows_at_once(config) % (data * fsdp) == 0 and data % slices == 0:
+            return data, fsdp, tensor
+    found = next(meshes(config, topology), None)
     cure = "no mesh does; change train.batch or train.accumulation"
     if found is not None:
         cure = "one that does: " + " ".join(changes(config, mesh=found))
+    mesh = config.mesh
     raise InputError(
         f"mesh data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} does not fit {topology.name} with "
         f"{topology.devices} devices, train.batch {config.train.batch} and train.accumulation "
-        f"{config.train.accumulation}; {cure}"
+        f"{config.train.accumulation}{why}; {cure}"
     )
 
 
 def meshes(config: Config, topology: Topology) -> Iterator[tuple[int, int, int]]:
     """Yields (data, fsdp, tensor) that the topology, the batch and the heads allow; most shards by fsdp first."""
-    devices, batch = topology.devices, config.train.batch // config.train.accumulation
+    devices, rows, heads = topology.devices, rows_at_once(config), common_heads(config)
     slices = topology.slices if topology.chip.platform == "tpu" else 1
-    heads = config.student.heads
-    if config.language.kind != "none":
-        heads = math.gcd(heads, config.language.kv_heads if config.language.kind == "llava" else config.language.heads)
     for tensor in (size for size in range(1, 17) if heads % size == 0 and devices % size == 0):
         rest = devices // tensor
         for fsdp in (size for size in range(rest, 0, -1) if rest % size == 0):
             data = rest // fsdp
-            if batch % rest == 0 and data % slices == 0:
+            if rows % rest == 0 and data % slices == 0:
                 yield data, fsdp, tensor
-
-
-def suggest(config: Config, topology: Topology) -> tuple[int, int, int] | None:
-    """Returns the mesh with the fewest shards of heads, then the most by fsdp; None where no mesh fits the batch."""
-    return next(meshes(config, topology), None)
 
 
 def changes(config: Config, **settings: Any) -> tuple[str, ...]:
@@ -160,10 +155,10 @@ def mend(
         if config.train.batch % (accumulation * shards) == 0:
             settings["accumulation"] = accumulation
             options.append(dict(settings))
-    for mesh in meshes(config, topology):
-        rest = {name: value for name, value in settings.items() if name != "accumulation"}
-        if mesh != sizes(config, topology):
-            options.append({**rest, "mesh": mesh})
+    now = sizes(config, topology)
+    rest = {name: value for name, value in settings.items() if name != "accumulation"}
+    further = [mesh for mesh in meshes(config, topology) if mesh[1] * mesh[2] > now[1] * now[2]]
+    options += [{**rest, "mesh": mesh} for mesh in sorted(further, key=lambda mesh: (mesh[2], mesh[1]))]
     return _try(config, topology, options[:tries], length, compile, told, until_fits=True)
 
 

@@ -20,7 +20,7 @@ from tove_jax.files.atomic import atomic_write_bytes
 from tove_jax.plan.chips import GIB, parse
 from tove_jax.plan.compile import compile_step
 from tove_jax.plan.report import figures
-from tove_jax.plan.search import suggest
+from tove_jax.plan.search import sizes
 
 PAGE = Path("docs/scaling.md")
 MARKS = re.compile(r"(<!-- plans (\w+): python -m tove_jax\.plan\.table -->\n)(.*?)(<!-- /plans -->)", re.S)
@@ -39,7 +39,7 @@ class Row:
       slices: of it.
       batch: rows a chip; 0: the batch that the config says, on however many chips.
       length: tokens of a row of text; None: the longest.
-      fsdp: shards of the parameters, replicas over the rest; 0: the mesh of `tove_jax.plan.search.suggest`.
+      fsdp: shards of the parameters, replicas over the rest; 0: the mesh that the config finds.
     """
 
     label: str
@@ -104,9 +104,7 @@ def plan(row: Row) -> dict[str, Any]:
     if row.batch:
         train = dataclasses.replace(config.train, batch=row.batch * topology.chips)
         config = dataclasses.replace(config, train=train)
-    mesh = (topology.devices // row.fsdp, row.fsdp, 1) if row.fsdp else suggest(config, topology)
-    if mesh is None:
-        raise InputError(f"{row.key}: no mesh fits batch {config.train.batch}")
+    mesh = (topology.devices // row.fsdp, row.fsdp, 1) if row.fsdp else sizes(config, topology)
     config = dataclasses.replace(config, mesh=MeshConfig(*mesh))
     return figures(config, topology, compile_step(config, topology, length=row.length))
 

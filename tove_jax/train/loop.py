@@ -39,7 +39,7 @@ from tove_jax.experts.run import expert_cards, open_stores, store_path
 from tove_jax.experts.store import FeatureStore
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.start import start_folder
-from tove_jax.parallel import check_replication, make_mesh, shard_batch, together
+from tove_jax.parallel import check_replication, run_mesh, shard_batch, together
 from tove_jax.parallel.sharding import batch_share
 from tove_jax.train.checkpoint import Checkpoints, settings_of
 from tove_jax.train.handover import handed_language, handed_vocabulary
@@ -72,7 +72,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workdir: cannot make {workdir}: {error.strerror}") from None
-    mesh = make_mesh(config.mesh, devices)
+    mesh = run_mesh(config, devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch % (config.train.accumulation * shards):
         raise InputError(
