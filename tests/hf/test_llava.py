@@ -27,9 +27,9 @@ from tove_jax.hf.llava import load
 from tove_jax.hf.llava_config import student_settings
 from tove_jax.hf.llava_convert import convert_llava, is_llava
 from tove_jax.hf.llava_export import export
-from tove_jax.hf.llava_verify import _compare, verify_llava
 from tove_jax.hf.rules import flatten
 from tove_jax.hf.verify import VerifyReport
+from tove_jax.language.verify import _compare, verify_llava
 from tove_jax.models import vit
 from tove_jax.models.llava import abstract_params
 

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the report."""
     from tove_jax.hf.llava_convert import is_llava
-    from tove_jax.hf.llava_verify import verify_llava
     from tove_jax.hf.verify import verify
+    from tove_jax.language.verify import verify_llava
 
     whole = args.folder.is_dir() and is_llava(args.folder)
     report = verify_llava(args.folder) if whole else verify(args.folder)
