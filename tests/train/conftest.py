@@ -34,10 +34,10 @@ def overrides(folder, *more, method="move_kd"):
     ]
 
 
-def make_pictures(folder):
-    """Puts 24 pictures of three labels into ``pictures``."""
+def make_pictures(folder, count=24):
+    """Puts pictures of three labels into ``pictures``."""
     rng = np.random.default_rng(0)
-    for number in range(24):
+    for number in range(count):
         path = folder / "pictures" / f"label{number % 3}" / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
