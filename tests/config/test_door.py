@@ -71,6 +71,11 @@ def test_arguments_take_their_defaults_types():
     assert (arguments.smoke, arguments.seed, arguments.method) == (True, 3, "move_kd")
     with pytest.raises(InputError, match="did you mean 'smoke'"):
         parse_arguments("smok", smoke=False)
+    # Of what reads the file, no traceback is left.
+    with pytest.raises(
+        InputError, match=r"^\S+demo.py:smok: config argument 'smok': not taken .did you mean 'smoke'..$"
+    ):
+        from_file(str(ROOT / "configs/demo.py") + ":smok", [])
     with pytest.raises(InputError, match="expected int"):
         parse_arguments("seed=x", seed=0)
 

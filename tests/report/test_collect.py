@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tove_jax.config import Config
 from tove_jax.errors import InputError
 from tove_jax.report.collect import collect, read_history
+from tove_jax.report.make import make_report
 
 
 def test_a_whole_run_misses_nothing(fabricated):
@@ -21,6 +23,9 @@ def test_an_empty_folder_names_the_commands(tmp_path):
     assert run.missing["pictures"] == "no checkpoint"
     with pytest.raises(InputError, match="expected a run's folder"):
         collect(tmp_path / "nothing")
+    with pytest.raises(InputError, match="expected a run's folder"):
+        make_report(tmp_path / "nothing", Config())
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path):

@@ -167,8 +167,17 @@ def _parse(where: str, first: list[str], overrides: Sequence[str], settings: Con
     except InputError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {_said(error) or error}") from None
     return freeze(values.config)
+
+
+def _said(error: BaseException | None) -> InputError | None:
+    """Returns the error that a config file raised itself, which its reader wraps with a traceback."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, InputError) else found
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def _field_paths(kind: type, prefix: str = "") -> list[str]:

@@ -176,6 +176,18 @@ def _shared(workdir: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def require_folder(workdir: Path | str) -> Path:
+    """Returns a run's folder.
+
+    Raises:
+      InputError: it is not there.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise InputError(f"{workdir}: expected a run's folder, found none; run `tove train` first")
+    return workdir
+
+
 def collect(workdir: Path | str, **known: Any) -> RunData:
     """Reads the files of a run's folder that need no model.
 
@@ -190,9 +202,7 @@ def collect(workdir: Path | str, **known: Any) -> RunData:
     Raises:
       InputError: no such folder, or a file in it that cannot be read.
     """
-    workdir = Path(workdir)
-    if not workdir.is_dir():
-        raise InputError(f"{workdir}: expected a run's folder, found none; run `tove train` first")
+    workdir = require_folder(workdir)
     metrics = {**_shared(workdir), **read_json(workdir / "metrics.json")}
     missing: dict[str, str] = {}
     if not any(name.startswith("eval/knn/") for name in metrics):

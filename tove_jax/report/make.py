@@ -16,7 +16,7 @@ from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.run import as_viewed, chosen_experts, load_options, store_path
 from tove_jax.files.atomic import atomic_write_bytes
 from tove_jax.report import looks, maps, page
-from tove_jax.report.collect import ExpertFacts, collect
+from tove_jax.report.collect import ExpertFacts, collect, require_folder
 from tove_jax.train.checkpoint import load_student
 from tove_jax.train.initial import start_parameters
 
@@ -73,7 +73,7 @@ def make_report(workdir: Path | str, config: Config | None = None, *, pictures: 
     Raises:
       InputError: no such folder, a file in it that cannot be read, or the page cannot be written.
     """
-    workdir = Path(workdir)
+    workdir = require_folder(workdir)
     missing: dict[str, str] = {}
     known: dict[str, Any] = {}
     params = None
