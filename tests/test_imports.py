@@ -10,8 +10,12 @@ LEVELS = (
     {"errors", "__init__"},
     {"config", "files", "parallel", "data"},
     {"models", "adapters"},
-    {"methods", "experts", "hf", "language"},
-    {"train", "eval", "report", "bench", "plan"},
+    {"hf"},
+    {"experts", "language"},
+    {"methods"},
+    {"train"},
+    {"eval", "plan"},
+    {"report", "bench"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -73,7 +73,9 @@ def test_the_page_has_the_marks():
 
 
 def test_a_row_without_a_mesh_is_refused():
-    with pytest.raises(InputError, match="no divisor of 16 heads lets .* = 256 rows divide over the rest of 15 devices.*; no mesh does"):
+    with pytest.raises(
+        InputError, match="no divisor of 16 heads lets .* = 256 rows divide over the rest of 15 devices.*; no mesh does"
+    ):
         tables.plan(Row("x", "configs/move_kd_vit_l.py:language=none", "v5e:3x5"))
 
 

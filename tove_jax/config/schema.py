@@ -387,6 +387,10 @@ class TrainConfig:
     )
 
 
+METHOD_TITLES = {"move_kd": "MoVE-KD", "hawaii": "HAWAII", "tove": "ToVE", "merge": "merging"}
+"""What people read for a method's name."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Shape of the device mesh; -1 is found from the devices and the batch."""

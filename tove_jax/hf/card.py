@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tove_jax import methods
-from tove_jax.config.schema import Config, MergeConfig
+from tove_jax.config.schema import METHOD_TITLES, Config, MergeConfig
 
 RANDOM_START = "Random weights, drawn with seed {}."
 """The sentence by which the card of a start says that it is no trained tower."""
@@ -93,7 +92,7 @@ def model_card(config: Config, weights_hash: str, provenance: Mapping[str, Any],
 def _method(method: Any) -> str:
     if method.name == "merge":
         return f"{_method(method.source_method)}, then merged into one tower,"
-    return methods.TITLES[method.name]
+    return METHOD_TITLES[method.name]
 
 
 def _is_hub_id(name: str) -> bool:

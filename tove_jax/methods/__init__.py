@@ -16,9 +16,6 @@ from tove_jax.methods.protocol import Method
 
 METHODS: dict[str, Method] = {"move_kd": move_kd, "hawaii": hawaii, "tove": tove, "merge": merge}
 
-TITLES = {"move_kd": "MoVE-KD", "hawaii": "HAWAII", "tove": "ToVE", "merge": "merging"}
-"""What people read for a method's name."""
-
 
 def get(name: str) -> Method:
     """Returns a method's module.

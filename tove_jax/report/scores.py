@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tove_jax import methods
+from tove_jax.config.schema import METHOD_TITLES
 from tove_jax.report import plots
 from tove_jax.report.collect import RunData
 
@@ -48,7 +48,7 @@ def method_title(run: RunData) -> str:
     """Returns what people read for the method of a run, or of the run that it merges; empty when not known."""
     method = run.config.get("method", {})
     method = method.get("source_method", method)
-    return methods.TITLES.get(method.get("name", ""), method.get("name", ""))
+    return METHOD_TITLES.get(method.get("name", ""), method.get("name", ""))
 
 
 def networks(run: RunData, task: str) -> list[str]:
