@@ -102,7 +102,8 @@ def single(prepared, tmp_path_factory):  # noqa: F811
     environment = {**os.environ, "XLA_FLAGS": FLAGS + "1", "RECORDS": str(workdir / "records"), "PYTHONPATH": str(ROOT)}
     config = [f"--config={ROOT}/configs/demo.py:smoke", *overrides(prepared, *SETTINGS)]
     command = [*HOOKED, "train", f"--workdir={workdir}", "--quiet", *config]
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return workdir
 
 

@@ -27,7 +27,7 @@ def hook():
         found = fetch(self)
         if path:
             with path.open("a") as stream:
-                stream.write(json.dumps(found[1].tolist()) + "\n")
+                stream.write(json.dumps(found[1]["records"].tolist()) + "\n")
         return found
 
     loop._Run.fetch = hooked
