@@ -48,6 +48,8 @@ AIMS = {
     "extract": {"start-up": 10, "loading an expert": 15, "writing shards": 75},
     "train": {"start-up": 10, "compiling": 15, "steps": 35, "saving": 40},
 }
+COUNTED = ("writing shards", "steps")
+SAVINGS = STEPS / EVERY
 # Statuses of `tove` that another start does not mend; a kill must not look like one of them.
 OF_ITSELF = (1, 2, 3)
 
@@ -62,10 +64,15 @@ class Attempt:
     log: Path
     began: float = dataclasses.field(default_factory=time.time)
     before: int = 0
+    moving: bool = False
     process: subprocess.Popen[bytes] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.before = self.done()
+        self.before = self.done() if self.command == "extract" else saved(self.workdir)
+
+    @property
+    def whole(self) -> int:
+        return 2 * PICTURES if self.command == "extract" else STEPS
 
     def done(self) -> int:
         """Returns how many shards, or steps, there are."""
@@ -82,9 +89,11 @@ class Attempt:
         if any(self.workdir.glob(SAVING)) or any(self.workdir.glob(f"checkpoints/{SAVING}")):
             return "saving"
         done = self.done()
-        # On resuming, rows of steps after the checkpoint are taken away before the first new one comes.
-        self.before = min(self.before, done)
-        return "compiling" if done <= self.before else "steps" if done < STEPS else "ending"
+        # Rows of steps after the checkpoint are taken away before the first new one comes.
+        self.moving = self.moving or done == self.before
+        if not self.moving or done == self.before:
+            return "compiling"
+        return "steps" if done < STEPS else "ending"
 
     def _phase_of_extraction(self) -> str:
         stores = [path for path in self.features.glob("*") if path.stat().st_mtime > self.began]
@@ -95,6 +104,7 @@ class Attempt:
             if Manifest.read(newest).complete:
                 return "ending" if len(list(self.features.glob("*/" + FILE_NAME))) == 2 else "loading an expert"
         mine = [path for path in newest.glob("shard*.json") if path.stat().st_mtime > self.began]
+        self.moving = self.moving or bool(mine)
         return "writing shards" if mine else "loading an expert"
 
 
@@ -158,19 +168,26 @@ class Soak:
         phases, weights = zip(*AIMS[attempt.command].items(), strict=True)
         aim = self.rng.choices(phases, weights)[0]
         sent = self.rng.choice([signal.SIGKILL, signal.SIGTERM])
-        # Savings come several times in an attempt, each short.
+        # In steps and shards, which are counted, one of those still to come; else a moment of the phase. Savings come
+        # several times in an attempt, each short.
+        goal = (
+            self.rng.randint(attempt.before + 1, attempt.whole)
+            if aim in COUNTED and attempt.before < attempt.whole
+            else 0
+        )
         times = self.rng.randint(1, 3) if aim == "saving" else 1
-        length = self.seconds[attempt.command].get(aim, 1.0)
-        wait = self.rng.uniform(0, length if aim != "saving" else length * EVERY / STEPS)
+        length = 0.05 if goal else self.seconds[attempt.command].get(aim, 1.0) / (SAVINGS if aim == "saving" else 1)
+        wait = self.rng.uniform(0, length)
         end = attempt.process
         seen, until = "", None
         while end.poll() is None and (until is None or time.monotonic() < until):
             phase = attempt.phase()
             times -= phase != seen and phase == aim
-            if until is None and (times <= 0 or phase == "ending"):
+            there = attempt.done() >= goal and attempt.moving if goal else times <= 0
+            if until is None and (there or phase == "ending"):
                 until = time.monotonic() + wait
             seen = phase
-            time.sleep(0.001)
+            time.sleep(0.03 if phase == "start-up" else 0.003)
         if end.poll() is not None:
             return {"phase": "", "signal": "", "status": end.returncode, "aim": aim, "seconds": 0.0}
         with self.standing(attempt) as pids:
@@ -251,7 +268,7 @@ def soak(command: str, house: Soak, kills: int, until: float) -> Found:
         while status:
             found.attempts += 1
             enough = sum(found.kills.values()) >= kills or time.monotonic() > until
-            if house.rng.random() < 0.1:  # another machine: all is compiled again
+            if house.rng.random() < 0.05:  # another machine: all is compiled again
                 shutil.rmtree(house.folder / "jax", ignore_errors=True)
             attempt = house.begin(command, workdir, features)
             if enough:
@@ -321,12 +338,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="Of each command.")
     parser.add_argument("--minutes", type=float, default=1e9, help="No further kill after this time, for each command.")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--only", choices=AIMS, help="One of the commands.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     house = Soak(folder, args.processes, random.Random(args.seed))
     found, seconds = {}, {}
-    for command in AIMS:
+    for command in [args.only] if args.only else AIMS:
         began = time.monotonic()
         found[command] = soak(command, house, args.kills, began + 60 * args.minutes)
         seconds[command] = time.monotonic() - began
