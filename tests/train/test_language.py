@@ -23,6 +23,7 @@ from tove_jax.experts.run import expert_cards, extract_all
 from tove_jax.hf.load import load_clip
 from tove_jax.language.decode import Decoding
 from tove_jax.language.loss import next_tokens, token_losses
+from tove_jax.train import loop
 from tove_jax.train.checkpoint import load_language, load_student
 from tove_jax.train.initial import initial_parameters
 from tove_jax.train.language import run_tokenizer, tokenizer_hash
@@ -347,15 +348,24 @@ def test_a_chat_answers_alike_alone_and_in_a_list(first):
         open_answerer(first[0].parent)
 
 
-def test_rows_may_be_shared_and_updates_of_low_rank(prepared, talks, tmp_path):
+def test_rows_may_be_shared_and_updates_of_low_rank(prepared, talks, tmp_path, monkeypatch):
     """Packing and LoRA: the decoder stays frozen, its updates train, several conversations share a row."""
     config = settings(
         prepared, talks, "mixed", *STAGE_2, "--config.text.pack=True", "--config.text.pictures=3",
         "--config.language.lora_rank=4", "--config.train.batch=4",
         "--config.optim.groups=(('language/model/.*',None),('.*',1.0))",
     )  # fmt: skip
+    counted, count = [], loop._Run._pictures
+
+    def counting(self, step):
+        counted.extend([count(self, step - 1), count(self, step)])
+        return counted[-1]
+
+    monkeypatch.setattr(loop._Run, "_pictures", counting)
     rows = on_one(config, tmp_path)
     assert np.isfinite(rows[-1]["loss/text"]) and rows[0]["text/padding"] < 0.5
+    # The rate is of pictures: up to three a row.
+    assert len(counted) == 2 and 4 < counted[0] <= 12 and rows[-1]["perf/images_per_s"] > 0
     kept = load_language(tmp_path)
     assert any(np.any(leaf) for path, leaf in kept.items() if path.endswith("b_kernel"))
     assert open_answerer(tmp_path).rank([[]], ["Sure?"], [["Yes.", "No."]])[0].shape == (2,)

@@ -253,7 +253,7 @@ class _Run:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.batches, self.source = batches, source
         self.checkpoints, self.provenance = checkpoints, provenance
-        self.main = jax.process_index() == 0
+        self.main, self.shares = jax.process_index() == 0, batch_share(mesh)[1]
         self.progress = progress and self.main
         self.waited = 0.0
         self.records: collections.deque[tuple[int, dict[str, np.ndarray]]] = collections.deque(maxlen=3)
@@ -280,7 +280,7 @@ class _Run:
         following = self.fetch()
         self.waited, began, logged = 0.0, None, done
         previous: tuple[int, dict[str, Any]] | None = None
-        first = last = None
+        first, last, pictures = None, None, 0
         rates: list[tuple[float, float]] = []
         with _sigterm() as stop:
             for number in range(done + 1, total + 1):
@@ -296,16 +296,17 @@ class _Run:
                     self._check(state, values)
                     if began is None:  # The first step compiles.
                         began, self.waited, logged = time.perf_counter(), 0.0, at
+                    pictures += self._pictures(at) if at > logged else 0
                     bar.update(1)
                     if at == 1 or at % config.train.log_every == 0 or at == total:
                         row = dict(values)
                         if at > logged:
                             seconds = time.perf_counter() - began
-                            row["perf/images_per_s"] = config.train.batch * (at - logged) / seconds
+                            row["perf/images_per_s"] = pictures / seconds
                             row["perf/tokens_per_s"] = row["perf/images_per_s"] * self._tokens()
                             row["perf/data_wait"] = self.waited / seconds
                             rates.append((row["perf/images_per_s"], row["perf/data_wait"]))
-                            began, self.waited, logged = time.perf_counter(), 0.0, at
+                            began, self.waited, logged, pictures = time.perf_counter(), 0.0, at, 0
                         writer.write(at, row)
                         last = float(values["loss/total"])
                         first = last if at == 1 else first
@@ -326,6 +327,14 @@ class _Run:
             return 143
         return 0
 
+    def _held(self, step: int) -> dict[str, np.ndarray]:
+        """Returns what this process's share of a late step's batch held."""
+        return next((held for number, held in self.records if number == step), {})
+
+    def _pictures(self, step: int) -> int:
+        """Returns the pictures of a late step's batch, of all processes; a row of text may have several, or share one."""
+        return self.shares * int((self._held(step)["records"] >= 0).sum())
+
     def _tokens(self) -> int:
         return (self.config.student.image_size // self.config.student.patch_size) ** 2 + 1
 
@@ -334,7 +343,7 @@ class _Run:
         if np.isfinite(float(metrics["loss/total"])) and np.isfinite(float(metrics["optim/gradient_norm"])):
             return
         bad = int(state.bad_step) + 1
-        here = next((held for number, held in self.records if number == bad), {})
+        here = self._held(bad)
         named: dict[str, list[str]] = {}
         for what in sorted(here):
             rows = np.concatenate(together.gather_rows(here[what][here[what] >= 0].astype(np.int32)))
