@@ -351,7 +351,7 @@ def test_a_chat_answers_alike_alone_and_in_a_list(first):
 def test_rows_may_be_shared_and_updates_of_low_rank(prepared, talks, tmp_path, monkeypatch):
     """Packing and LoRA: the decoder stays frozen, its updates train, several conversations share a row."""
     config = settings(
-        prepared, talks, "mixed", *STAGE_2, "--config.text.pack=True", "--config.text.pictures=3",
+        prepared, talks, "mixed", *STAGE_2, "--config.text.pack=True", "--config.text.pictures=3", "--config.text.limit=448",
         "--config.language.lora_rank=4", "--config.train.batch=4",
         "--config.optim.groups=(('language/model/.*',None),('.*',1.0))",
     )  # fmt: skip
