@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.train.conftest import ROOT, make_pictures, overrides
+from tove_jax.errors import InputError
 from tove_jax.experts.manifest import FILE_NAME, Manifest
 from tove_jax.train.metrics import read_rows
 
@@ -99,10 +100,13 @@ class Attempt:
         stores = [path for path in self.features.glob("*") if path.stat().st_mtime > self.began]
         if not stores:
             return "start-up"
+        complete = 0
+        for manifest in self.features.glob(f"*/{FILE_NAME}"):
+            with contextlib.suppress(InputError):
+                complete += Manifest.read(manifest.parent).complete
+        if complete == 2:
+            return "ending"
         newest = max(stores, key=lambda path: path.stat().st_mtime)
-        with contextlib.suppress(Exception):  # not there yet
-            if Manifest.read(newest).complete:
-                return "ending" if len(list(self.features.glob("*/" + FILE_NAME))) == 2 else "loading an expert"
         mine = [path for path in newest.glob("shard*.json") if path.stat().st_mtime > self.began]
         self.moving = self.moving or bool(mine)
         return "writing shards" if mine else "loading an expert"
