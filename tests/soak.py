@@ -115,7 +115,7 @@ class Attempt:
 class Soak:
     """One folder with pictures, features, a start, and what unbroken runs leave."""
 
-    def __init__(self, folder: Path, processes: int, rng: random.Random) -> None:
+    def __init__(self, folder: Path, commands: list[str], processes: int, rng: random.Random) -> None:
         self.folder, self.processes, self.rng = folder, processes, rng
         # Command -> phase -> seconds that it takes, in an unbroken run that has nothing to compile.
         self.seconds: dict[str, dict[str, float]] = {}
@@ -124,9 +124,10 @@ class Soak:
         self.features = folder / "features"
         self.unbroken("extract", folder / "whole", self.features)
         self.stored = files(self.features, folder / "whole")
-        self.unbroken("train", folder / "whole", self.features)
-        self.losses = losses(folder / "whole")
-        assert len(self.losses) == STEPS
+        if "train" in commands:
+            self.unbroken("train", folder / "whole", self.features)
+            self.losses = losses(folder / "whole")
+            assert len(self.losses) == STEPS
 
     def begin(self, command: str, workdir: Path, features: Path) -> Attempt:
         words = [sys.executable, "-m", "tove_jax.cli.main", command, CONFIG, f"--workdir={workdir}", "--quiet"]
@@ -346,9 +347,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
-    house = Soak(folder, args.processes, random.Random(args.seed))
+    commands = [args.only] if args.only else list(AIMS)
+    house = Soak(folder, commands, args.processes, random.Random(args.seed))
     found, seconds = {}, {}
-    for command in [args.only] if args.only else AIMS:
+    for command in commands:
         began = time.monotonic()
         found[command] = soak(command, house, args.kills, began + 60 * args.minutes)
         seconds[command] = time.monotonic() - began
