@@ -1,9 +1,11 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from tove_jax.config import Config, freeze, from_file, from_json, parse_arguments, thaw, to_json
+from tove_jax.config.schema import HawaiiConfig, MergeConfig
 from tove_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,18 @@ def test_json_goes_out_and_in():
     assert from_json(to_json(config), "here") == config
     with pytest.raises(InputError, match="here: not JSON"):
         from_json("{", "here")
+
+
+def test_fields_added_since_a_file_was_written_take_their_defaults():
+    method = MergeConfig(source="run", source_method=HawaiiConfig(), lora_rank=4)
+    config = dataclasses.replace(Config(title="old"), method=method)
+    values = json.loads(to_json(config))
+    del values["mesh"], values["text"]["pack"], values["method"]["blocks"]
+    del values["method"]["source_method"]["instruction_width"]
+    assert from_json(json.dumps(values), "here") == config
+    values["method"]["blockz"] = 1
+    with pytest.raises(InputError, match=r"here\.method\.blockz: no such field .did you mean 'blocks'"):
+        from_json(json.dumps(values), "here")
 
 
 def test_arguments_take_their_defaults_types():

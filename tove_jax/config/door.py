@@ -84,11 +84,16 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
 
 def _chosen(value: Any, kinds: Sequence[Any], where: str) -> Any:
     """Picks the dataclass of a union by its ``name``, so that a method is chosen in the config."""
-    by_name = {str(field.default): kind for kind in kinds for field in dataclasses.fields(kind) if field.name == "name"}
+    by_name = _by_name(kinds)
     name = value.get("name") if isinstance(value, (ConfigDict, dict)) else None
     if name not in by_name:
         raise InputError(f"{where}.name: expected one of {', '.join(sorted(by_name))}, found {name!r}")
     return freeze(value, by_name[name], where)
+
+
+def _by_name(kinds: Sequence[Any]) -> dict[str, Any]:
+    """Returns the dataclasses of a union by the defaults of their ``name`` fields."""
+    return {str(field.default): kind for kind in kinds for field in dataclasses.fields(kind) if field.name == "name"}
 
 
 def parse_arguments(text: str, **defaults: Any) -> ConfigDict:
@@ -213,11 +218,14 @@ def from_json(text: str, where: str) -> Config:
 def _filled(values: Any, kind: Any) -> Any:
     if not isinstance(values, dict):
         return values
-    result = dict(values)
+    result, hints = dict(values), typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        inner = field.default_factory
-        if field.name not in result and field.default is not dataclasses.MISSING:
-            result[field.name] = field.default
-        elif dataclasses.is_dataclass(inner) and field.name != "method":
+        inner = hints[field.name]
+        if typing.get_origin(inner) in (Union, types.UnionType):
+            section = result.get(field.name)
+            inner = _by_name(typing.get_args(inner)).get(section.get("name") if isinstance(section, dict) else None)
+        if dataclasses.is_dataclass(inner):
             result[field.name] = _filled(result.get(field.name, {}), inner)
+        elif field.name not in result and field.default is not dataclasses.MISSING:
+            result[field.name] = field.default
     return result
