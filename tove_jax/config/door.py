@@ -223,7 +223,7 @@ def _filled(values: Any, kind: Any) -> Any:
         inner = hints[field.name]
         if typing.get_origin(inner) in (Union, types.UnionType):
             section = result.get(field.name)
-            inner = _by_name(typing.get_args(inner)).get(section.get("name") if isinstance(section, dict) else None)
+            inner = _by_name(typing.get_args(inner)).get(section.get("name", "") if isinstance(section, dict) else "")
         if dataclasses.is_dataclass(inner):
             result[field.name] = _filled(result.get(field.name, {}), inner)
         elif field.name not in result and field.default is not dataclasses.MISSING:
