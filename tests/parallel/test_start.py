@@ -1,4 +1,7 @@
 import re
+import sys
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -77,6 +80,11 @@ def test_a_slurm_job_without_a_step_is_refused(name):
         find(environ=environ)
 
 
+def test_a_slurm_allocation_of_several_nodes_without_a_step_is_refused():
+    with pytest.raises(InputError, match="Slurm job 1 has 4 tasks, but SLURM_NTASKS, SLURM_PROCID"):
+        find(environ={"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "4"})
+
+
 @pytest.fixture
 def on_tpu(monkeypatch):
     """As on a TPU host of GKE: JAX believes in its chips, and reads the process's own environment."""
@@ -106,15 +114,53 @@ def test_tpu_slices_on_gke(on_tpu):
     assert find(environ=environ) == Processes("TPU slice on GKE", "host-0:8482", 2, 4)
     environ |= on_tpu(MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="1", MEGASCALE_COORDINATOR_ADDRESS="first:80")
     assert find(environ=environ) == Processes("TPU slice on GKE", "first:8482", 6, 8)
-    del environ["MEGASCALE_SLICE_ID"]
-    with pytest.raises(InputError, match="TPU slice on GKE: MEGASCALE_SLICE_ID missing"):
-        find(environ=environ)
-    with pytest.raises(InputError, match="TPU slice on GKE: TPU_WORKER_ID missing"):
-        find(environ={"TPU_WORKER_HOSTNAMES": hosts})
+    for name in ("TPU_WORKER_ID", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"):
+        with pytest.raises(InputError, match=f"TPU slice on GKE: {name} missing"):
+            find(environ={key: value for key, value in environ.items() if key != name})
+    with pytest.raises(InputError, match="MEGASCALE_NUM_SLICES: expected a whole number, found 'two'"):
+        find(environ=environ | {"MEGASCALE_NUM_SLICES": "two"})
 
 
 def test_one_tpu_host_waits_for_nobody(on_tpu):
-    assert find(environ=on_tpu(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")).count == 1
+    job = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+    environ = on_tpu(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", **job)
+    assert str(find(environ=environ)) == "one process (TPU slice on GKE)"
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """As on a host of a Cloud TPU slice: what its metadata server would answer, empty for an attribute it lacks."""
+    from jax._src.clusters import cloud_tpu_cluster
+
+    answers = {
+        "agent-worker-number": "2",
+        "worker-network-endpoints": "10.0.0.1,10.0.0.2,10.0.0.3",
+        "tpu-env": "x: 'y'",
+    }
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster.BaseTpuCluster, "wait_for_coordinator", lambda *unused: None)
+    monkeypatch.setattr(
+        cloud_tpu_cluster,
+        "get_metadata",
+        lambda name: (answers.get(name, "not found"), 200 if name in answers else 404),
+    )
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    return answers
+
+
+def test_tpu_hosts_by_their_metadata(metadata):
+    assert find(environ={}) == Processes("TPU metadata", "10.0.0.1:8482", 2, 3)
+    metadata["tpu-env"] = (
+        "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9:80'"
+    )
+    assert find(environ={}) == Processes("TPU metadata", "10.0.0.9:8482", 5, 6)
+    metadata["tpu-env"] = "MEGASCALE_NUM_SLICES: '2'"
+    with pytest.raises(InputError, match="TPU metadata: MEGASCALE_SLICE_ID, MEGASCALE_COORDINATOR_ADDRESS missing"):
+        find(environ={})
+    del metadata["worker-network-endpoints"]
+    with pytest.raises(InputError, match="TPU metadata: worker-network-endpoints, MEGASCALE"):
+        find(environ={})
 
 
 def test_a_pod_of_an_indexed_job_that_was_told_nothing(monkeypatch):
@@ -123,6 +169,68 @@ def test_a_pod_of_an_indexed_job_that_was_told_nothing(monkeypatch):
     with pytest.raises(InputError, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID missing"):
         find(environ=environ)
     assert find(environ={"KUBERNETES_SERVICE_HOST": "10.0.0.1"}).count == 1
+
+
+def test_a_pod_that_asks_the_cluster_and_lacks_something(monkeypatch):
+    fake = types.SimpleNamespace(
+        config=types.SimpleNamespace(load_incluster_config=lambda: None),
+        client=types.SimpleNamespace(
+            CoreV1Api=lambda: None,
+            BatchV1Api=lambda: types.SimpleNamespace(read_namespaced_job=None),
+            exceptions=types.SimpleNamespace(ApiException=OSError),
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "kubernetes", fake)
+    job = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.delenv("HOSTNAME", raising=False)
+    with pytest.raises(InputError, match="several processes: RuntimeError: expected HOSTNAME env"):
+        find(environ=job)
+
+    def no_rights():
+        raise KeyError("service account")
+
+    fake.config.load_incluster_config = no_rights
+    with pytest.raises(InputError, match="several processes: KeyError: 'service account'"):
+        find(environ=job)
+
+
+def test_a_command_for_one_process_is_refused_in_several(monkeypatch, capsys):
+    from tove_jax.cli.main import main
+
+    start.require_one("tove compare")
+    for name, value in zip(VARIABLES.values(), ("host:1", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    root = Path(__file__).parents[2]
+    assert main(["compare", f"{root}/configs/sweeps/methods.py"]) == 2
+    said = capsys.readouterr().err
+    assert "tove compare works in one process, and this is process 1 of 2, coordinator host:1 (environment)" in said
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    start.require_one("tove compare")
+
+
+def test_all_compile_before_one_begins(monkeypatch):
+    """What is compiled anew, for other shapes too, waits for the others once."""
+    said = []
+
+    class Jitted:
+        def lower(self, *args):
+            return types.SimpleNamespace(compile=lambda: said.append("compiled"))
+
+        def __call__(self, *args):
+            said.append("called")
+
+    jitted = Jitted()
+    assert together.after_all_compiled(jitted) is jitted  # one process has nobody to wait for
+    monkeypatch.setattr(together, "several", lambda: True)
+    monkeypatch.setattr(together, "barrier", lambda name: said.append("met"))
+    call = together.after_all_compiled(jitted)
+    call({"x": np.zeros(2)})
+    assert said == ["compiled", "met", "called"]
+    call({"x": np.ones(2)})
+    assert said[3:] == ["called"]
+    call({"x": np.zeros(3)})
+    assert said[4:] == ["compiled", "met", "called"]
 
 
 def test_differences_name_process_and_field():

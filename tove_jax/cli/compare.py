@@ -27,11 +27,14 @@ def run(args: argparse.Namespace) -> int:
     from tove_jax.config.sweep import from_sweep_file
     from tove_jax.eval.compare import run_sweep, states
     from tove_jax.eval.compare_table import runs_table
+    from tove_jax.parallel import start
 
     sweep = from_sweep_file(args.sweep).only(args.rows, args.seeds)
     if args.dry_run:
         print(runs_table(states(sweep, args.workdir)))
         return 0
+    if not args.no_train:
+        start.require_one("tove compare")
     if not args.no_train and (status := run_sweep(sweep, args.workdir, progress=not args.quiet, part=args.part)):
         return status
     if not args.part:

@@ -34,12 +34,14 @@ def run(args: argparse.Namespace) -> int:
     from tove_jax.errors import InputError
     from tove_jax.eval import sweep as work
     from tove_jax.eval.compare import run_sweep
+    from tove_jax.parallel import start
 
     if args.slurm and args.gke:
         raise InputError("--slurm, --gke: expected one of them")
     sweep = from_sweep_file(args.sweep).only(args.rows, args.seeds)
     found = work.tasks(sweep, args.workdir)
     if args.array_task:
+        start.require_one("a run of a sweep")
         task = work.array_task(found)
         return run_sweep(sweep.only(task.rows, [task.seed]), args.workdir, progress=not args.quiet, part=True)
     left = [task for task in found if not task.done]

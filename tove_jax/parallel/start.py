@@ -83,8 +83,10 @@ def find(
     if given["process_count"] is None and given["process_id"] is None and not flagged:
         try:
             cluster = _slurm(environ) or _tpu(environ) or _kubernetes(environ)
-        except RuntimeError as error:  # such as rights that a pod does not have
-            raise InputError(f"several processes: {error}") from error
+        except InputError:
+            raise
+        except Exception as error:  # of JAX's detection many kinds: rights that a pod lacks, words that it cannot read
+            raise InputError(f"several processes: {type(error).__name__}: {error}") from error
         if cluster is None:
             return Processes("no cluster in the environment")
         return dataclasses.replace(cluster, coordinator=given["coordinator"] or cluster.coordinator)
@@ -157,6 +159,23 @@ def start(
     return processes
 
 
+def require_one(command: str) -> None:
+    """Refuses a command that works in one process where it was started as one of several.
+
+    Args:
+      command: its name, for the error.
+
+    Raises:
+      InputError: what says that there are several, and what to do; or as `find`.
+    """
+    processes = find()
+    if processes.count > 1:
+        raise InputError(
+            f"{command} works in one process, and this is {processes}: start it once, with "
+            f"{VARIABLES['process_count']}=1 in its environment; for several runs at a time there is `tove sweep`"
+        )
+
+
 def _number(environ: Mapping[str, str], variable: str) -> int:
     try:
         return int(environ[variable])
@@ -166,12 +185,14 @@ def _number(environ: Mapping[str, str], variable: str) -> int:
 
 def _slurm(environ: Mapping[str, str]) -> Processes | None:
     """A Slurm step of several tasks; a batch script or a shell in an allocation is one process only if it has one task."""
-    if "SLURM_JOB_ID" not in environ or environ.get("SLURM_NTASKS", "1") == "1":
+    # Without a number of tasks there is one a node.
+    tasks = environ.get("SLURM_NTASKS") or environ.get("SLURM_JOB_NUM_NODES", "1")
+    if "SLURM_JOB_ID" not in environ or tasks == "1":
         return None
     job = f"Slurm job {environ['SLURM_JOB_ID']}"
     if missing := [name for name in SLURM if name not in environ]:
         raise InputError(
-            f"{job} has {environ['SLURM_NTASKS']} tasks, but {', '.join(missing)} missing: start the command by srun, "
+            f"{job} has {tasks} tasks, but {', '.join(missing)} missing: start the command by srun, "
             "or say --process-count=1"
         )
     from jax._src.clusters import SlurmCluster
@@ -195,18 +216,25 @@ def _tpu(environ: Mapping[str, str]) -> Processes | None:
     if tpu.GkeTpuCluster.is_env_present():
         cluster: Any = tpu.GkeTpuCluster
         needed = ["TPU_WORKER_ID"]
-        if int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+        if environ.get("MEGASCALE_NUM_SLICES") and _number(environ, "MEGASCALE_NUM_SLICES") > 1:
             needed += ["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"]
         if missing := [name for name in needed if not environ.get(name)]:
             raise InputError(f"TPU slice on GKE: {', '.join(missing)} missing")
         found = "TPU slice on GKE"
     elif tpu.GceTpuCluster.is_env_present():
         cluster, found = tpu.GceTpuCluster, "TPU metadata"
+        attributes = ("agent-worker-number", "worker-network-endpoints")
+        missing = [name for name in attributes if tpu.get_metadata(name)[1] != tpu.metadata_response_code_success]
+        if int(tpu.get_tpu_env_value("MEGASCALE_NUM_SLICES") or 1) > 1:
+            slices = ("MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+            missing += [name for name in slices if not tpu.get_tpu_env_value(name)]
+        if missing:
+            raise InputError(f"TPU metadata: {', '.join(missing)} missing")
     else:
         return None
     count = cluster.get_process_count()
     if count == 1:
-        return None
+        return Processes(found)  # and not, on GKE, a job that nobody told about the others
     waiting = _number(environ, CONNECT) if environ.get(CONNECT) else 300
     address = cluster.get_coordinator_address(waiting, environ.get("JAX_COORDINATOR_PORT"))
     return Processes(found, address, cluster.get_process_id(), count)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,17 @@ def require_common(folder: Path, seconds: float = 30.0) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
+def tell(name: str, value: str, seconds: float = _WAIT_SECONDS) -> str:
+    """Returns on every process what process 0 says; all call it, in the same order."""
+    client = _client()
+    if client is None:
+        return value
+    place = _place(name)
+    if jax.process_index() == 0:
+        client.key_value_set(place, value)
+    return _get(place, int(seconds * 1000), f"process 0 to tell about {name}")
+
+
 def barrier(name: str, seconds: float = _WAIT_SECONDS) -> None:
     """Waits until all processes have come here."""
     if (client := _client()) is not None:
@@ -183,6 +194,31 @@ def first_before_others(name: str) -> Iterator[None]:
         barrier(name)
 
 
+def after_all_compiled(jitted: Any) -> Callable[..., Any]:
+    """Makes a jitted function begin in all processes at the same time, though some take longer to compile it.
+
+    Processes that meet in a collective for the first time connect, and one that waits for that longer than the library's
+    half minute ends the run; waiting for the coordinator has no such limit. Only for functions that all processes call
+    in the same order, with the same global shapes. For one process it is the function itself.
+
+    Args:
+      jitted: of `jax.jit`.
+    """
+    if not several():
+        return jitted
+    seen = set()
+
+    def call(*args: Any) -> Any:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(args))
+        if shapes not in seen:
+            jitted.lower(*args).compile()  # JAX keeps it for the call
+            barrier("compiled")
+            seen.add(shapes)
+        return jitted(*args)
+
+    return call
+
+
 def gather_rows(array: np.ndarray) -> list[np.ndarray]:
     """Returns every process's array, (n, ...) with any n, in the order of the processes."""
     array = np.asarray(array)
@@ -190,6 +226,7 @@ def gather_rows(array: np.ndarray) -> list[np.ndarray]:
         return [array]
     from jax.experimental import multihost_utils
 
+    barrier("gather")  # without the limit that a collective has for one that comes late
     counts = np.asarray(multihost_utils.process_allgather(np.int32(len(array)))).reshape(-1)
     padded = np.zeros((int(counts.max()), *array.shape[1:]), array.dtype)
     padded[: len(array)] = array

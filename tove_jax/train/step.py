@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from tove_jax.config.schema import Config
+from tove_jax.parallel import together
 from tove_jax.parallel.sharding import batch_sharding, replicated
 from tove_jax.train.optimizer import global_norm, make_schedule
 from tove_jax.train.state import TrainState, merge
@@ -110,15 +111,18 @@ def jit_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Jits a step over a mesh; the state is donated, rows are split, metrics are whole on every device.
 
+    Of several processes, none begins its first step before all have compiled it.
+
     Args:
       step: of `make_step`.
       state: shardings of the state.
       experts: shardings of the experts' parameters.
       mesh: the device mesh.
     """
-    return jax.jit(
+    jitted = jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(state, batch_sharding(mesh), experts),
         out_shardings=(state, replicated(mesh)),
     )
+    return together.after_all_compiled(jitted)
