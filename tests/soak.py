@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.train.conftest import ROOT, make_pictures, overrides
 from tove_jax.errors import InputError
@@ -168,7 +169,7 @@ class Soak:
         told = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         print(f"{command}, unbroken: {told}", file=sys.stderr, flush=True)
 
-    def kill(self, attempt: Attempt) -> dict[str, object]:
+    def kill(self, attempt: Attempt) -> dict[str, Any]:
         """Ends an attempt at a random moment; returns the signal, where it fell and how the attempt ended."""
         phases, weights = zip(*AIMS[attempt.command].items(), strict=True)
         aim = self.rng.choices(phases, weights)[0]
@@ -304,7 +305,7 @@ def soak(command: str, house: Soak, kills: int, until: float) -> Found:
     return found
 
 
-def judge(house: Soak, attempt: Attempt, told: dict[str, object]) -> str:
+def judge(house: Soak, attempt: Attempt, told: dict[str, Any]) -> str:
     """Returns what is wrong with an attempt's end; empty when nothing is."""
     status, where = told["status"], f"{attempt.log}: status {told['status']} after {told['signal'] or 'no signal'}"
     if status in OF_ITSELF or (status and not told["signal"]):

@@ -1,6 +1,7 @@
 """`tove` with a hook on the training loop: writes which records each batch had, and may be slow.
 
 RECORDS: a folder, into which process I writes ``I-of-N.jsonl``, a line for each batch. SLOW: ``I:seconds`` a batch.
+LATE: ``I:seconds`` before the first batch. HOLD: ``I:batch:path``, where process I waits for a file to be there.
 DIFFER_I: a further argument of process I.
 """
 
@@ -17,13 +18,22 @@ def hook():
     fetch = loop._Run.fetch
     me, count = os.environ.get("JAX_PROCESS_ID", "0"), os.environ.get("JAX_NUM_PROCESSES", "1")
     slow, _, seconds = os.environ.get("SLOW", "").partition(":")
+    late, _, delay = os.environ.get("LATE", "").partition(":")
+    held, number, signal = (os.environ.get("HOLD") or "::").split(":")
+    fetched = 0
     path = Path(os.environ["RECORDS"]) / f"{me}-of-{count}.jsonl" if os.environ.get("RECORDS") else None
     if path:
         path.unlink(missing_ok=True)  # of an attempt before this one
 
     def hooked(self):
+        nonlocal fetched
+        fetched += 1
         if slow == me:
             time.sleep(float(seconds))
+        if late == me and fetched == 1:
+            time.sleep(float(delay))
+        while held == me and fetched == int(number) and not Path(signal).exists():
+            time.sleep(0.05)
         found = fetch(self)
         if path:
             with path.open("a") as stream:
@@ -36,7 +46,7 @@ def hook():
 if __name__ == "__main__":
     from tove_jax.cli.main import main
 
-    if os.environ.get("RECORDS") or os.environ.get("SLOW"):
+    if any(os.environ.get(name) for name in ("RECORDS", "SLOW", "LATE", "HOLD")):
         hook()
     if differ := os.environ.get(f"DIFFER_{os.environ.get('JAX_PROCESS_ID')}"):
         sys.argv.append(differ)

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from tests.multi_process.conftest import losses, records
 
 # Sums over processes are taken in another order than on one device; six steps of it.
 TOLERANCE = {"rtol": 2e-5}
+# Seconds in which the others end when one is killed; docs/reliability.md has what was measured.
+BOUND = 60
 
 
 def assert_losses(workdir, single):
@@ -24,12 +27,11 @@ def assert_losses(workdir, single):
 
 def test_two_then_four_then_one(launch, workdir, single, tmp_path):
     """Two processes; four go on from the middle with shards of the parameters, one of them slow; one ends it."""
-    # On a busy machine a process may compile half a minute longer than another, which is when Gloo gives up; so may CI.
-    two = launch(2, "train", workdir, "--quiet", restarts=2, RECORDS=str(tmp_path / "records"))
+    two = launch(2, "train", workdir, "--quiet", RECORDS=str(tmp_path / "records"))
     status, _, err = two.wait()
     assert status == 0, err
     assert re.search(r"tove: process 1 of 2, coordinator 127.0.0.1:\d+ \(environment\)", err)
-    assert err.count("mesh {'data': 2, 'fsdp': 1, 'tensor': 1}") == 1 + err.count("starting again")
+    assert err.count("mesh {'data': 2, 'fsdp': 1, 'tensor': 1}") == 1
     assert_losses(workdir, single)
     whole = records(single / "records", 0, 1)
     halves = zip(*(records(tmp_path / "records", index, 2) for index in range(2)), strict=True)
@@ -38,7 +40,7 @@ def test_two_then_four_then_one(launch, workdir, single, tmp_path):
     for later in ("4", "6"):
         shutil.rmtree(workdir / "checkpoints" / later)
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
-    four = launch(4, "train", workdir, "--quiet", *mesh, restarts=2, SLOW="2:0.3", RECORDS=str(tmp_path / "records"))
+    four = launch(4, "train", workdir, "--quiet", *mesh, SLOW="2:0.3", RECORDS=str(tmp_path / "records"))
     status, _, err = four.wait()
     assert status == 0, err
     assert "resumed at step 2" in err
@@ -52,17 +54,29 @@ def test_two_then_four_then_one(launch, workdir, single, tmp_path):
     assert_losses(workdir, single)
 
 
-@pytest.mark.slow  # failed once in six runs, on a cold compilation cache; until that is understood it must not hide others
-def test_one_is_killed_and_all_start_again(launch, workdir, single):
-    run = launch(2, "train", workdir, "--quiet", restarts=1, SLOW="0:0.3")
-    run.until(lambda: len(losses(workdir)) >= 3)
+def test_one_is_killed_and_all_start_again(launch, workdir, single, tmp_path):
+    """Process 0 stands before batch 4, and the checkpoint of step 2 is whole, when process 1 is killed."""
+    # The launcher would not end the other one before the test is given up.
+    env = {"HOLD": f"0:4:{tmp_path / 'go'}", "TOVE_GRACE_SECONDS": "600"}
+    run = launch(2, "train", workdir, "--quiet", restarts=1, **env)
+    run.until((workdir / "checkpoints" / "2").exists)
+    left = run.pid(0)
     os.kill(run.pid(1), signal.SIGKILL)
+    (tmp_path / "go").touch()
+    run.until(lambda: not Path(f"/proc/{left}").exists(), seconds=BOUND)
     status, _, err = run.wait()
     assert status == 0, err
-    assert re.search(r"process 0: stopped, perhaps since another process is gone|distributed service detected", err), (
-        err
-    )
-    assert err.count("starting again") == 1 and re.search(r"resumed at step [24]", err)
+    told = r"process 0: stopped, perhaps since another process is gone|distributed service detected"
+    assert re.search(told, err), err
+    assert err.count("starting again") == 1 and "resumed at step 2" in err, err
+    assert_losses(workdir, single)
+
+
+@pytest.mark.slow  # for its 40 seconds
+def test_one_that_comes_late_is_waited_for(launch, workdir, single):
+    """Longer than the half minute in which Gloo wants to have connected; as when it has more to compile."""
+    status, _, err = launch(2, "train", workdir, "--quiet", LATE="1:40").wait()
+    assert status == 0, err
     assert_losses(workdir, single)
 
 
