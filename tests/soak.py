@@ -277,6 +277,7 @@ def soak(command: str, house: Soak, kills: int, until: float) -> Found:
             if house.rng.random() < 0.05:  # another machine: all is compiled again
                 shutil.rmtree(house.folder / "jax", ignore_errors=True)
             attempt = house.begin(command, workdir, features)
+            told: dict[str, Any]
             if enough:
                 told = {"phase": "", "signal": "", "status": attempt.process.wait(), "seconds": 0.0, "aim": ""}
             else:
