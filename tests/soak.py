@@ -157,7 +157,7 @@ class Soak:
             shutil.rmtree(features if command == "extract" else workdir / "checkpoints", ignore_errors=True)
             (workdir / "metrics.jsonl").unlink(missing_ok=True)
             attempt = self.begin(command, workdir, features)
-            seconds: collections.Counter[str] = collections.Counter()
+            seconds: dict[str, float] = collections.defaultdict(float)
             phase, since = attempt.phase(), time.monotonic()
             while attempt.process.poll() is None:
                 time.sleep(0.002)
