@@ -17,9 +17,14 @@ def golden():
     return json.loads(FILE.read_text())
 
 
+@pytest.fixture(scope="module")
+def counted(golden):
+    return bench_goldens.count_all()
+
+
 @pytest.mark.parametrize("name", bench_goldens.CASES)
-def test_a_step_costs_what_it_did(name, golden):
-    lines = bench_goldens.differences(name, bench_goldens.count(name), golden[name])
+def test_a_step_costs_what_it_did(name, golden, counted):
+    lines = bench_goldens.differences(name, counted[name], golden[name])
     assert not lines, "\n".join([*lines, "if that is meant: python -m tests.bench_goldens"])
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from tove_jax.bench import cases, run, sections, torch_side
 from tove_jax.bench.timing import Clock, Row, Spread, alternate, peak_flops, rows
 from tove_jax.cli.main import main
 from tove_jax.errors import InputError
+from tove_jax.plan.abstract import abstract_run
 
 
 def test_sides_take_turns_and_ratios_are_of_turns():
@@ -32,37 +34,61 @@ def test_turns_end_with_the_clock():
     assert Clock().left == float("inf") and Clock(100.0).until(0.5).left < 51
 
 
-@pytest.fixture(scope="module")
-def step():
-    config = cases.config_of("move_kd", "tiny", batch=2, dtype="float32", everything=True)
+@pytest.fixture(scope="module", params=["move_kd", "hawaii", "tove"])
+def step(request):
+    everything = request.param != "tove"  # whose CLIP is frozen
+    config = cases.config_of(request.param, "tiny", batch=2, dtype="float32", everything=everything)
     made = cases.Step(config)
-    return made, made()
+    return made, [made(), made()]
 
 
-def test_torch_computes_the_same_step(step):
+def test_torch_computes_the_same_steps(step):
     pytest.importorskip("torch")
     made, ours = step
+    everything = made.config.method.name != "tove"
+    assert ours[1]["loss/total"] < ours[0]["loss/total"] * (1 - 1e-3)
     for way in ("released", "well"):
-        other = torch_side.TorchStep(made.config, made.params, made.batch, way, everything=True, compiled=False)
-        theirs = other.first()
-        assert not torch_side.agree(ours, theirs, 1e-4), way
-        # Its optimiser goes on as ours does.
-        assert other()["loss/total"] < theirs["loss/total"]
-    frozen = torch_side.TorchStep(made.config, made.params, made.batch, "released", everything=False, compiled=False)
-    names = [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
-    assert names and all(name.startswith("teachers.") or ".moe." in name for name in names)
+        other = torch_side.TorchStep(made.config, made.params, made.batch, way, everything=everything)
+        theirs = [other.first(), other()]
+        # The second step is after one of the optimiser.
+        assert not torch_side.agree(ours, theirs, 1e-5), way
+        assert not other.note and other.memory_mib() is None
+        frozen = torch_side.TorchStep(made.config, made.params, made.batch, way, everything=False)
+        trained = [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
+        assert trained and all(name.startswith("extra.") or ".moe." in name for name in trained)
 
 
 def test_sides_that_differ_are_not_timed(step, monkeypatch):
     pytest.importorskip("torch")
-    made, _ = step
+    made, ours = step
+    if made.config.method.name != "move_kd":
+        pytest.skip("one method is enough")
     wrong = copy.copy(made)
     wrong.params = jax.tree.map(np.array, made.params)
     wrong.params["student"]["layers"]["mlp"]["adapter"]["up"]["b_bias"] += 1.0
     monkeypatch.setattr(cases, "Step", lambda config: wrong)
-    with pytest.raises(InputError, match="case: torch as released computes something else, so it is not timed: loss"):
-        sections._beside_torch("case", made.config, True, sections.SCALES["small"], Clock())
-    assert torch_side.agree({"loss/total": 1.0, "optim/gradient_norm": 1.0}, {"loss/total": 1.0005, "optim/gradient_norm": 1.1}, 1e-3)  # fmt: skip
+    with pytest.raises(InputError, match="case: torch as released computes something else, so it is not timed: step 1: loss"):  # fmt: skip
+        sections._step("case", made.config, True, sections.scale_of("cpu", True), Clock())
+    off = [ours[0], {**ours[1], "optim/gradient_norm": 1.1 * ours[1]["optim/gradient_norm"]}]
+    assert torch_side.agree(ours, off, 1e-3).startswith("step 2: optim/gradient_norm")
+    assert not torch_side.agree(ours, off, 1e-1)
+
+
+def test_one_side_that_lacks_memory_is_left_out(step, monkeypatch):
+    pytest.importorskip("torch")
+    made, _ = step
+    if made.config.method.name != "tove":
+        pytest.skip("one method is enough")
+    alone = copy.copy(made)
+    monkeypatch.setattr(cases, "Step", lambda config: alone)
+
+    def none_left(self):
+        raise self.torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(torch_side.TorchStep, "_first", none_left)
+    found = sections._step("case", made.config, False, sections.scale_of("cpu", True), Clock())
+    assert [row.side for row in found] == ["tove_jax", "plain tower, its gradient"]
+    assert found[0].facts["note"].startswith("torch as released: out of memory: too large; torch done well: out of")
 
 
 def fake(monkeypatch, *names):
@@ -71,6 +97,8 @@ def fake(monkeypatch, *names):
     def made(case, clock):
         if case == "broken":
             raise RuntimeError("no memory\nmore")
+        if case == "wrong":
+            raise InputError("something else")
         return [row]
 
     listed = [sections.Case(name, lambda clock, name=name: made(name, clock)) for name in names]
@@ -89,6 +117,11 @@ def test_what_is_found_is_written_down(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| one | tove_jax | 500 (400 to 600) | 20 images | 1.00 | 1.5 |  |  |  | a note |" in printed
     assert "- step: broken: RuntimeError: no memory" in printed
+    # Sides that compute different things are no result, and the other cases still are.
+    fake(monkeypatch, "wrong", "fine")
+    assert main(["bench", "--only=step", f"--output={path}"]) == 2
+    stored = json.loads(path.read_text())
+    assert len(stored["rows"]) == stored["wrong"] == 1 and stored["left_out"][0]["why"] == "InputError: something else"
     # The cache of compiled programs is back.
     assert jax.config.values["jax_enable_compilation_cache"]
     assert main(["bench", "--only=step", f"--output={tmp_path}/none/found.json"]) == 2
@@ -115,10 +148,44 @@ def test_cases_are_chosen_by_name():
 def test_the_gpu_suite_holds_what_the_goals_name():
     steps = [case.name for case in run.choose("gpu", ["step"], False, None)["step"]]
     assert steps[0] == "move_kd L/14-336 batch 64 bfloat16, adapters train" and len(steps) == len(set(steps)) == 10
+    # The tiny ones are the same cases, in the same dtype.
+    small = run.choose("gpu", [], True, None)
+    for name, found in run.choose("gpu", [], False, None).items():
+        names = [case.name for case in small[name]]
+        wanted = 5 if name == "step" else 2 if name == "adapters" else len(found)
+        assert len(names) == len(set(names)) == wanted, name
+    assert all("bfloat16" in case.name for case in small["step"] + small["adapters"] + small["export"])
+
+
+@pytest.mark.slow
+def test_every_case_of_the_gpu_suite_runs_small():
+    for module in ("torch", "transformers"):
+        pytest.importorskip(module)
+    found = run.bench("gpu", small=True)
+    assert not found["left_out"] and not found["wrong"]
+    assert {row["section"] for row in found["rows"]} == set(run.SECTIONS)
+    sides = {(row["section"], row["side"]) for row in found["rows"]}
+    assert {("step", "torch as released"), ("step", "torch done well"), ("export", "MoLA, exported")} <= sides
+    (fed,) = [row for row in found["rows"] if row["side"] == "loader and stores"]
+    assert 0 <= fed["facts"]["waited"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["cpu", "gpu"])
+def test_steps_have_their_shapes_at_full_size(suite):
+    scale = sections.scale_of(suite, False)
+    for size, batch in scale.students:
+        for method in cases.TEACHERS:
+            config = cases.config_of(method, size, batch=batch, dtype=scale.dtype)
+            step = abstract_run(config)
+            state, metrics = jax.eval_shape(step.step, step.state, step.batch, step.experts)
+            assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, step.state)
+            assert metrics["loss/total"].shape == ()
 
 
 def test_input_section(tmp_path):
-    found = run.bench("input", small=True, folder=str(tmp_path))
+    names = ["loader", "stores", "codecs", "pictures"]
+    found = run.bench("input", only=names, small=True, folder=str(tmp_path))
     sides = {(row["case"], row["side"]) for row in found["rows"]}
     assert not found["left_out"] and ("store, warm", "copy in memory") in sides and len(sides) > 10
     assert list(tmp_path.iterdir()) == []

@@ -30,6 +30,7 @@ from tove_jax.config.schema import (
 from tove_jax.data.conversation import IGNORED, IMAGE_ID
 from tove_jax.experts.flops import flops
 from tove_jax.experts.run import as_stored
+from tove_jax.methods.presets import MOLA
 from tove_jax.plan.abstract import abstract_cards, abstract_run
 from tove_jax.plan.compile import without_remat
 from tove_jax.train.initial import state_builder
@@ -62,11 +63,20 @@ EVERYTHING = ((".*", 1.0),)
 
 
 def config_of(
-    method: str, size: str, *, batch: int, dtype: str, everything: bool = False, decoder: str = "", text: int = 0
+    method: str,
+    size: str,
+    *,
+    batch: int,
+    dtype: str,
+    everything: bool = False,
+    decoder: str = "",
+    text: int = 0,
+    codec: str = "bf16",
 ) -> Config:
     """Returns the settings of a step.
 
-    Dropout is off, so that others can compute the same loss.
+    Dropout is off, so that others can compute the same loss, and no expert starts as nothing, so that all of them are
+    compared.
 
     Args:
       method: ``move_kd``, ``hawaii``, ``tove``.
@@ -76,13 +86,14 @@ def config_of(
       everything: train the tower too, and the decoder where there is one; otherwise adapters and what is theirs.
       decoder: in `DECODERS`; empty: none.
       text: tokens of a row of text.
+      codec: of the features.
     """
     tiny = size == "tiny"
     experts = ("clip", "efficientnet_lite0:64") if tiny else TEACHERS[method]
     small: dict[str, Any] = {"hidden": 16, "stem_width": 16, "vocabulary": 16, "caption_words": 4} if tiny else {}
     known: dict[str, tuple[Any, AdapterConfig]] = {
         "move_kd": (MoveKDConfig(), AdapterConfig(dropout=0.0)),
-        "hawaii": (HawaiiConfig(), AdapterConfig(kind="mola", dropout=0.0)),
+        "hawaii": (HawaiiConfig(), dataclasses.replace(MOLA, dropout=0.0, b_init="kaiming")),
         "tove": (
             ToVEConfig(map_experts=() if tiny else ("depth", "normals", "edges"), **small),
             AdapterConfig(kind="none"),
@@ -99,7 +110,7 @@ def config_of(
         data=DataConfig(source="folder"),
         text=TextConfig(limit=text, buckets=(text,)) if decoder else TextConfig(),
         language=language,
-        features=FeaturesConfig(experts=experts),
+        features=FeaturesConfig(experts=experts, codec=codec),
         optim=OptimConfig(lr=1e-4, schedule="constant", warmup=0.0, **rates),
         train=TrainConfig(steps=1000, batch=batch, dtype=precision),
     )
@@ -146,6 +157,30 @@ class Step:
         self._state, metrics = self._compiled(self._state, self._batch, {})
         jax.block_until_ready(self._state)
         return {name: float(metrics[name]) for name in ("loss/total", "optim/gradient_norm")}
+
+    def fed(self, batches: Any, count: int) -> float:
+        """Takes steps on batches of a loader, or on the one held; returns the seconds that they waited for data.
+
+        As `tove_jax.train.loop` does: the next batch is fetched while the device works, and then the step before is
+        looked at.
+
+        Args:
+          batches: an iterator; None holds one batch on the device.
+          count: of steps.
+        """
+        waited, following, previous = 0.0, self._batch, None
+        for _ in range(count):
+            self._state, metrics = self._compiled(self._state, following, {})
+            if batches is not None:
+                began = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - began
+                following = jax.device_put(batch)
+            if previous is not None:
+                float(previous["loss/total"])
+            previous = metrics
+        jax.block_until_ready(self._state)
+        return waited
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tove_jax.bench import cases as steps
 from tove_jax.bench import input as media
 from tove_jax.bench.sections import Case, Scale
 from tove_jax.bench.timing import Clock, Row, Spread, alternate, rows
+from tove_jax.files.atomic import atomic_write_bytes
 
 CODECS = ("float32", "bf16", "fp8", "int8", "int4")
 THREADS = 2
@@ -34,6 +37,7 @@ def cases(scale: Scale, small: bool, folder: str | None = None) -> list[Case]:
         return lambda clock: function(scale, grid, width, batch, folder, clock)
 
     return [
+        Case("wait of a step", run(_wait)),
         Case("loader", run(_loader)),
         Case("stores", run(_stores)),
         Case("codecs", run(_codecs)),
@@ -115,34 +119,39 @@ def _pictures(scale: Scale, grid: int, width: int, batch: int, folder: str | Non
     return rows("JPEG 640 x 480, one thread", times, batch, "images")
 
 
+class _Pictures:
+    """So many pictures of 640 x 480 pixels, decoded from JPEG each time."""
+
+    name, licence = "bench", "none"
+
+    def __init__(self, count: int) -> None:
+        self.ids = [f"record {number}" for number in range(count)]
+        self.labels = self.captions = [None] * count
+        self.files = [_jpeg(number) for number in range(4)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Any:
+        from tove_jax.data.decode import decode
+        from tove_jax.data.picture import Picture
+
+        return Picture(self.ids[index], decode(self.files[index % len(self.files)], self.ids[index]))
+
+
 def _loader(scale: Scale, grid: int, width: int, batch: int, folder: str | None, clock: Clock) -> list[Row]:
     """Takes batches from the training loader: pictures decoded and cut, features read; a step waits for what is left.
 
     A step that takes longer than a batch never waits.
     """
-    from tove_jax.data.decode import decode
     from tove_jax.data.loader import make_loader
-    from tove_jax.data.picture import Picture
     from tove_jax.data.view import View
     from tove_jax.experts.store import FeatureStore
 
-    files = [_jpeg(number) for number in range(4)]
-
-    class Source:
-        name, licence = "bench", "none"
-        ids = [f"record {number}" for number in range(scale.records)]
-        labels = captions = [None] * scale.records
-
-        def __len__(self) -> int:
-            return len(self.ids)
-
-        def __getitem__(self, index: int) -> Picture:
-            return Picture(self.ids[index], decode(files[index % len(files)], self.ids[index]))
-
+    source: Any = _Pictures(scale.records)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         media.write_store(Path(temporary) / "store", "mmap", scale.records, grid, width, 64)
         store = FeatureStore.open(Path(temporary) / "store")
-        source: Any = Source()
         loader = make_loader(
             source,
             np.arange(scale.records),
@@ -160,3 +169,81 @@ def _loader(scale: Scale, grid: int, width: int, batch: int, folder: str | None,
         batches.close()
     note = f"{THREADS} threads, {loader.batch_bytes / batch / 1e6:.2f} MB a picture"
     return rows("loader, JPEG and stored features", times, batch, "images", {"batch": {"note": note}})
+
+
+def _wait(scale: Scale, grid: int, width: int, batch: int, folder: str | None, clock: Clock) -> list[Row]:
+    """Feeds MoVE-KD's step from stores by the training loader, and from one batch that the device holds.
+
+    Features are pooled to the student's grid and stored as int8, CLIP's as they are. Pictures are decoded each time.
+    """
+    del grid, width, batch
+    from tove_jax.data.loader import make_loader
+    from tove_jax.data.view import View
+
+    size, rows_of = scale.students[0]
+    side = steps.SIZES[size]["image_size"] // steps.SIZES[size]["patch_size"]
+    codec = f"pool:{side}+int8,clip=bf16"
+    config = steps.config_of("move_kd", size, batch=rows_of, dtype=scale.dtype, codec=codec)
+    source: Any = _Pictures(2 * max(rows_of, scale.records // 4))
+    step = steps.Step(config)
+    step.params = None
+    count, waits = 5, []
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        loader = make_loader(
+            source,
+            np.arange(len(source)),
+            View.of_student(config.student),
+            write_features(Path(temporary), config, source.ids),
+            batch=rows_of,
+            threads=THREADS,
+            prefetch=config.data.prefetch,
+            cache_pixels=False,
+        )
+        batches = iter(loader)
+
+        def fed() -> None:
+            began = time.perf_counter()
+            waited = step.fed(batches, count)
+            waits.append(waited / (time.perf_counter() - began))
+
+        # What was made while the step compiled says nothing.
+        for _ in range(loader.prefetch + THREADS):
+            next(batches)
+        sides = {"one batch on the device": lambda: step.fed(None, count), "loader and stores": fed}
+        times = alternate(sides, scale.turns, clock, share=scale.share)
+        batches.close()
+    waited = float(np.median(waits[1:]))
+    note = f"waited {waited:.1%} of the time; {THREADS} threads, {loader.batch_bytes / rows_of / 1e6:.2f} MB a picture"
+    told = {"loader and stores": {"note": note, "waited": waited}}
+    name = f"{count} steps of move_kd {size} batch {rows_of} {scale.dtype}, adapters train"
+    return rows(name, times, count * rows_of, "images", told)
+
+
+def write_features(folder: Path, config: Any, ids: list[str]) -> dict[str, Any]:
+    """Writes a store of drawn numbers for every expert of a run; returns them open, by expert."""
+    from tove_jax.experts.extract import completed
+    from tove_jax.experts.manifest import Moments, describe
+    from tove_jax.experts.shards import ShardWriter
+    from tove_jax.experts.store import FeatureStore
+    from tove_jax.plan.abstract import abstract_cards, abstract_manifest
+
+    found = {}
+    drawn = steps.draw_batch(config)["features"]
+    for name, card in abstract_cards(config).items():
+        codec = abstract_manifest(config, card).codec
+        options: dict[str, Any] = {"source": "bench", "source_licence": "none", "shard_records": 64}
+        manifest = describe(card, "none", card.view, codec, ids, **options)
+        path = folder / name
+        path.mkdir()
+        first = 0
+        for number, entry in enumerate(manifest.shards):
+            with ShardWriter(path, manifest, number) as writer:
+                for id in ids[first : first + entry.records]:
+                    writer.write(id, {key: values[len(id) % len(values)] for key, values in drawn[name].items()})
+                moments = Moments()
+                moments.add_tokens(np.ones((1, card.width), np.float32))
+                writer.finish(moments)
+            first += entry.records
+        atomic_write_bytes(path / "manifest.json", completed(path, manifest).to_json())
+        found[name] = FeatureStore.open(path)
+    return found

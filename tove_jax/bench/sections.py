@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tove_jax.bench import cases, torch_side
-from tove_jax.bench.timing import Clock, Row, Spread, alternate, rows
+from tove_jax.bench import cases, torch_hed, torch_side
+from tove_jax.bench.timing import Clock, Row, Spread, alternate, figures, rows
 from tove_jax.errors import InputError
 from tove_jax.train.objective import DTYPES, make_student
 
@@ -27,10 +27,11 @@ class Scale:
       tolerance: relative difference up to which two sides' losses are the same.
       turns: of each side at most.
       share: seconds of a case's turns at most.
-      compiled: try `torch.compile`.
+      compiled: what `torch.compile` is tried with.
       decoders: (size in `cases.DECODERS`, whether it trains too, student, rows, tokens of a row).
       generation: decoder, rows, tokens of the prompt, tokens written.
       experts: specs of the experts whose extraction is timed, with a batch.
+      exports: (size, batch) of exported encoders.
       records: of the input section's stores; their grid and width are CLIP ViT-L/14's at 336 pixels unless small.
     """
 
@@ -39,36 +40,26 @@ class Scale:
     tolerance: float
     turns: int
     share: float
-    compiled: bool
+    compiled: torch_side.Compiled
     decoders: tuple[tuple[str, bool, str, int, int], ...]
     generation: tuple[str, int, int, int]
     experts: tuple[tuple[str, int], ...]
+    exports: tuple[tuple[str, int], ...]
     records: int
 
 
 SCALES = {
-    "small": Scale(
-        students=(("tiny", 2),),
-        dtype="float32",
-        tolerance=1e-3,
-        turns=2,
-        share=5.0,
-        compiled=False,
-        decoders=(("tiny", False, "tiny", 2, 24),),
-        generation=("tiny", 2, 8, 5),
-        experts=(("efficientnet_lite0:64", 2), ("hed:32", 2)),
-        records=16,
-    ),
     "cpu": Scale(
         students=(("B/16-224", 2),),
         dtype="float32",
         tolerance=1e-3,
         turns=5,
         share=60.0,
-        compiled=True,
+        compiled="whole",
         decoders=(("0.1B", False, "B/16-224", 1, 256), ("0.1B", True, "B/16-224", 1, 256)),
         generation=("0.1B", 1, 256, 17),
         experts=(("efficientnet_lite0", 4), ("hed:112", 4), ("pp_ocr_det:160", 4)),
+        exports=(("B/16-224", 1), ("B/16-224", 8)),
         records=128,
     ),
     "gpu": Scale(
@@ -77,13 +68,34 @@ SCALES = {
         tolerance=1e-2,
         turns=10,
         share=8.0,
-        compiled=True,
+        # All of it as one would take minutes a side.
+        compiled="layers",
         decoders=(("7B", False, "L/14-336", 8, 1024), ("1B", True, "L/14-336", 8, 1024)),
         generation=("7B", 8, 640, 65),
         experts=(("efficientnet_lite0", 256), ("hed", 64), ("pp_ocr_det", 64)),
+        exports=(("L/14-336", 1), ("L/14-336", 64)),
         records=512,
     ),
 }
+
+
+def scale_of(suite: str, small: bool) -> Scale:
+    """Returns a suite's scale, or the same cases in tiny shapes, in its dtype."""
+    scale = SCALES["gpu" if suite == "gpu" else "cpu"]
+    if not small:
+        return scale
+    return dataclasses.replace(
+        scale,
+        students=(("tiny", 2),),
+        turns=2,
+        share=5.0,
+        compiled="none",
+        decoders=tuple(("tiny", trains, "tiny", 2, 24) for _, trains, *_ in scale.decoders),
+        generation=("tiny", 2, 8, 5),
+        experts=tuple((f"{spec.partition(':')[0]}:64", 2) for spec, _ in scale.experts),
+        exports=(("tiny", 1), ("tiny", 3)),
+        records=16,
+    )
 
 
 class Case(NamedTuple):
@@ -111,64 +123,65 @@ def torch_missing() -> str:
 
 
 def step_cases(scale: Scale) -> list[Case]:
-    """Returns the training steps: MoVE-KD beside torch, HAWAII and ToVE beside a plain tower's step."""
+    """Returns the training steps, each beside torch; HAWAII's and ToVE's also beside a plain tower's gradient.
+
+    In the order of what they tell, for when time runs out. ToVE has one: its CLIP is always frozen.
+    """
     found = []
     for everything in (False, True):
         for size, batch in scale.students:
             for method in ("move_kd", "hawaii", "tove"):
-                if method == "tove" and size == "L/14-336":
-                    continue  # the paper's tower is B/16
-                trains = "everything trains" if everything else "adapters train"
-                name = f"{method} {size} batch {batch} {scale.dtype}, {trains}"
-                side = _beside_torch if method == "move_kd" else _beside_plain
-                config = cases.config_of(method, size, batch=batch, dtype=scale.dtype, everything=everything)
-                found.append(Case(name, _bound(side, name, config, everything, scale)))
-    # The issue's first goal first: dearer methods wait until MoVE-KD's are done.
-    return sorted(found, key=lambda case: not case.name.startswith("move_kd"))
+                if method == "tove" and everything:
+                    continue
+                # A HAWAII step has a pass for each teacher too; as many rows go through the tower.
+                rows = max(2, batch // (1 + len(cases.TEACHERS[method]))) if method == "hawaii" else batch
+                trains = "everything trains" if everything else "all but CLIP" if method == "tove" else "adapters train"
+                name = f"{method} {size} batch {rows} {scale.dtype}, {trains}"
+                config = cases.config_of(method, size, batch=rows, dtype=scale.dtype, everything=everything)
+                found.append(Case(name, bound(_step, name, config, everything, scale)))
+    return found
 
 
-def _bound(function: Callable[..., list[Row]], *arguments: Any) -> Callable[[Clock], list[Row]]:
+def bound(function: Callable[..., list[Row]], *arguments: Any) -> Callable[[Clock], list[Row]]:
+    """Returns a case of a function whose last argument is the clock."""
     return lambda clock: function(*arguments, clock)
 
 
-def _beside_torch(name: str, config: Any, everything: bool, scale: Scale, clock: Clock) -> list[Row]:
+def _step(name: str, config: Any, everything: bool, scale: Scale, clock: Clock) -> list[Row]:
     step = cases.Step(config)
     sides: dict[str, Callable[[], Any]] = {"tove_jax": step}
-    ours, facts = step(), {"tove_jax": step.facts}
+    ours, facts, notes = [step(), step()], {"tove_jax": step.facts}, []
     if missing := torch_missing():
-        facts["tove_jax"]["note"] = f"alone: {missing}"
+        notes.append(f"alone: {missing}")
     else:
         labels: dict[str, torch_side.Way] = {"torch as released": "released", "torch done well": "well"}
         for label, way in labels.items():
-            other = torch_side.TorchStep(
-                config, step.params, step.batch, way, everything=everything, compiled=scale.compiled
-            )
+            try:
+                other = torch_side.TorchStep(
+                    config, step.params, step.batch, way, everything=everything, compiled=scale.compiled
+                )
+                theirs = [other.first(), other()]
+            except MemoryError as error:
+                notes.append(f"{label}: {error}")
+                continue
             # Alike in what they compute, or not timed.
-            if problem := torch_side.agree(ours, other.first(), scale.tolerance):
+            if problem := torch_side.agree(ours, theirs, scale.tolerance):
                 raise InputError(f"{name}: {label} computes something else, so it is not timed: {problem}")
             sides[label] = other
             facts[label] = {"compile_s": other.compile_s, "memory_mib": other.memory_mib(), "note": other.note}
     step.params = step.batch = None
+    plain = "plain tower, its gradient"
+    if config.method.name != "move_kd":
+        sides[plain], facts[plain], operations = _tower(cases.plain_config(config), gradient=True)
     times = alternate(sides, scale.turns, clock, share=scale.share)
-    return rows(name, times, config.train.batch, "images", facts, flops=step.flops)
-
-
-def _beside_plain(name: str, config: Any, everything: bool, scale: Scale, clock: Clock) -> list[Row]:
-    """Times a step beside the gradient of a plain tower of the same size, all of it trained."""
-    del everything
-    step = cases.Step(config)
-    step.params = step.batch = None
-    plain, plain_facts, plain_flops = _tower(cases.plain_config(config), gradient=True)
-    label = "plain tower, its gradient"
-    times = alternate({"tove_jax": step, label: plain}, scale.turns, clock, share=scale.share)
-    batch = config.train.batch
-    found = rows(name, {"tove_jax": times["tove_jax"]}, batch, "images", {"tove_jax": step.facts}, flops=step.flops)
-    beside = rows(name, times, batch, "images", {label: plain_facts})[1]
-    beside.facts["tflops"] = plain_flops / beside.seconds.median / 1e12
-    if config.method.name == "hawaii":
-        passes = 1 + len(config.features.names)
-        found[0].facts["note"] = f"{1 / beside.ratio / passes:.2f} of {passes} plain gradients"
-    return [*found, beside]
+    found = rows(name, times, config.train.batch, "images", facts, flops=step.flops)
+    if plain in sides:
+        found[-1].facts.update(figures(operations, found[-1].seconds.median))
+        if config.method.name == "hawaii":
+            passes = 1 + len(config.features.names)
+            notes.append(f"{1 / found[-1].ratio / passes:.2f} of {passes} plain gradients")
+    found[0].facts["note"] = "; ".join(notes)
+    return found
 
 
 def _tower(config: Any, *, gradient: bool) -> tuple[Callable[[], Any], dict[str, Any], float]:
@@ -192,7 +205,7 @@ def adapter_cases(scale: Scale) -> list[Case]:
     for size, batch in scale.students:
         for gradient in (False, True):
             name = f"{size} batch {batch} {scale.dtype}, {'forward and gradient' if gradient else 'forward'}"
-            found.append(Case(name, _bound(_adapters, name, size, batch, gradient, scale)))
+            found.append(Case(name, bound(_adapters, name, size, batch, gradient, scale)))
     return found
 
 
@@ -204,7 +217,7 @@ def _adapters(name: str, size: str, batch: int, gradient: bool, scale: Scale, cl
     facts = {side: told for side, (_, told, _) in made.items()}
     found = rows(name, times, batch, "images", facts)
     for row in found:
-        row.facts["tflops"] = made[row.side][2] / row.seconds.median / 1e12
+        row.facts.update(figures(made[row.side][2], row.seconds.median))
     return found
 
 
@@ -217,10 +230,10 @@ def language_cases(scale: Scale) -> list[Case]:
         config = cases.config_of(
             "move_kd", size, batch=batch, dtype=scale.dtype, everything=everything, decoder=decoder, text=text
         )
-        found.append(Case(name, _bound(_language_step, name, config, batch * text, scale)))
+        found.append(Case(name, bound(_language_step, name, config, batch * text, scale)))
     decoder, batch, prompt, new = scale.generation
     name = f"generation, {decoder} decoder, {batch} x {prompt} tokens of prompt, {new} written"
-    found.append(Case(name, _bound(_generation, name, scale)))
+    found.append(Case(name, bound(_generation, name, scale)))
     return found
 
 
@@ -268,7 +281,7 @@ def _generation(name: str, scale: Scale, clock: Clock) -> list[Row]:
 def extraction_cases(scale: Scale) -> list[Case]:
     """Returns the embedded experts."""
     return [
-        Case(f"{spec} batch {batch} float32", _bound(_extraction, f"{spec} batch {batch} float32", spec, batch, scale))
+        Case(f"{spec} batch {batch} float32", bound(_extraction, f"{spec} batch {batch} float32", spec, batch, scale))
         for spec, batch in scale.experts
     ]
 
@@ -283,7 +296,7 @@ def _extraction(name: str, spec: str, batch: int, scale: Scale, clock: Clock) ->
     sides: dict[str, Callable[[], Any]] = {"tove_jax": run}
     if spec.partition(":")[0] == "hed" and not torch_missing():
         normalized = expert.card.view.normalize(pixels)
-        sides["torch"], theirs = torch_side.hed_features(jax.device_get(expert.params), normalized)
+        sides["torch"], theirs = torch_hed.hed_features(jax.device_get(expert.params), normalized)
         ours = np.asarray(expert.apply(expert.params, pixels).patches, np.float32)
         # A GPU rounds products of float32 to fewer digits unless told.
         if not np.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(np.abs(theirs).max())):

@@ -136,18 +136,21 @@ def rows(
       flops: operations of one time, counted once, whoever does it; 0: not counted.
     """
     first = next(iter(times.values()))
-    peak = peak_flops()
     found = []
     for side, seen in times.items():
         told = dict((facts or {}).get(side, {}))
         spread = Spread.of(seen)
         if flops:
-            told["tflops"] = flops / spread.median / 1e12
-            if peak:
-                told["mfu"] = flops / spread.median / peak
+            told |= figures(flops, spread.median)
         ratio = statistics.median(mine / other for mine, other in zip(seen, first, strict=True))
         found.append(Row(case, side, spread, amount, unit, ratio, told))
     return found
+
+
+def figures(flops: float, seconds: float) -> dict[str, float]:
+    """Returns ``tflops`` a second, and ``mfu`` where the device's peak is known."""
+    peak = peak_flops()
+    return {"tflops": flops / seconds / 1e12} | ({"mfu": flops / seconds / peak} if peak else {})
 
 
 def peak_flops() -> float:

@@ -1,4 +1,4 @@
-"""`tove bench`: how fast training, adapters, decoders, extraction and input are on this machine, beside torch."""
+"""`tove bench`: how fast training, adapters, decoders, extraction, exports and input are here, beside torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-HELP = "time training steps beside torch, adapters, decoders, extraction and input on this machine"
+HELP = "time training steps beside torch, adapters, decoders, extraction, exports and input on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the tables, stores JSON; 1 where nothing could be measured."""
+    """Measures, prints the tables, stores JSON; 1 where nothing could be measured, 2 where sides differ in what they compute."""
     # Torch takes its turns on the same device, so neither may take all of its memory beforehand.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from tove_jax.bench.run import bench, command_line, text, to_json
@@ -46,4 +46,4 @@ def run(args: argparse.Namespace) -> int:
     print(text(found), end="")
     if args.output is not None:
         atomic_write_bytes(args.output, to_json(found))
-    return 0 if found["rows"] else 1
+    return 2 if found["wrong"] else 0 if found["rows"] else 1
