@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from tove_jax.files.atomic import atomic_write_bytes, atomic_write_json
+
+
+def _summary_writer() -> Any:
+    """Imports tensorboardX without the torch that it takes along where there is one: half of a run's start-up."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # which makes importing it an ImportError
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
+SummaryWriter = _summary_writer()
 
 
 class MetricWriter:
