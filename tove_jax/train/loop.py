@@ -123,6 +123,10 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
         try:
             run = _Run(config, workdir, mesh, batches, source, checkpoints, provenance, progress)
             return run.go(lambda state, batch: step(state, batch, experts), state, latest or 0)
+        except Exception as error:
+            if together.is_lost(error):
+                together.lost(error)  # at once: closing would wait for the other's part of a save
+            raise
         finally:
             batches.close()
             checkpoints.close()
@@ -316,9 +320,9 @@ class _Run:
                     self.checkpoints.save(number, state, data_state)
                 if ending:
                     break
-        bar.close()
-        writer.close()
-        self.checkpoints.wait()
+            bar.close()
+            writer.close()
+            self.checkpoints.wait()  # still deaf to a second SIGTERM
         if self.main:
             self._summarise(first, last, rates)
         if number < total:
