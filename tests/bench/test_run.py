@@ -117,6 +117,11 @@ def test_what_is_found_is_written_down(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| one | tove_jax | 500 (400 to 600) | 20 images | 1.00 | 1.5 |  |  |  | a note |" in printed
     assert "- step: broken: RuntimeError: no memory" in printed
+    assert stored["measured"] == [["step", "fine"]]
+    # What is measured there is not measured again.
+    assert main(["bench", "--only=step", f"--output={tmp_path}/more.json", f"--after={path}"]) == 1
+    (left,) = json.loads((tmp_path / "more.json").read_text())["left_out"]
+    assert left["case"] == "broken" and main(["bench", f"--after={tmp_path}/none.json"]) == 2
     # Sides that compute different things are no result, and the other cases still are.
     fake(monkeypatch, "wrong", "fine")
     assert main(["bench", "--only=step", f"--output={path}"]) == 2

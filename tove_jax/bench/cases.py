@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,9 @@ DECODERS: dict[str, dict[str, Any]] = {
 """Decoders of the Llama family: two of ours, TinyLlama's shape (arXiv 2401.02385), Llama 2's and Vicuna's."""
 
 EVERYTHING = ((".*", 1.0),)
+
+DRAWN = 2**24 - 3
+"""How many numbers of an array are drawn; no size of a picture's features divides it."""
 
 
 def config_of(
@@ -218,9 +222,10 @@ def draw_batch(config: Config, shapes: Any = None) -> Any:
         if name == "cls_attention":
             values = draw.random(leaf.shape)
             return (values / values.sum(-1, keepdims=True)).astype(leaf.dtype)
-        # The summary is multiplied with tokens: larger ones would leave one teacher all the weight.
-        values = draw.standard_normal(leaf.shape, np.float32) * (0.05 if name == "summary" else 1.0)
-        return values.astype(leaf.dtype)
+        # The summary is multiplied with tokens: larger ones would leave one teacher all the weight. Billions of numbers
+        # take long to draw, so beyond some they come again.
+        some = draw.standard_normal(min(math.prod(leaf.shape), DRAWN), np.float32) * (0.05 if name == "summary" else 1)
+        return np.resize(some.astype(leaf.dtype), leaf.shape)
 
     batch = jax.tree_util.tree_map_with_path(fill, abstract_run(config).batch if shapes is None else shapes)
     if "text" in batch:

@@ -16,7 +16,7 @@ import numpy as np
 from tove_jax.bench import cases as steps
 from tove_jax.bench import input as media
 from tove_jax.bench.sections import Case, Scale
-from tove_jax.bench.timing import Clock, Row, Spread, alternate, rows
+from tove_jax.bench.timing import Clock, Row, Spread, alternate, cores, rows
 from tove_jax.files.atomic import atomic_write_bytes
 
 CODECS = ("float32", "bf16", "fp8", "int8", "int4")
@@ -187,7 +187,7 @@ def _wait(scale: Scale, grid: int, width: int, batch: int, folder: str | None, c
     source: Any = _Pictures(2 * max(rows_of, scale.records // 4))
     step = steps.Step(config)
     step.params = None
-    count, waits = 5, []
+    count, waits, threads = 5, [], max(THREADS, cores())
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         loader = make_loader(
             source,
@@ -195,7 +195,7 @@ def _wait(scale: Scale, grid: int, width: int, batch: int, folder: str | None, c
             View.of_student(config.student),
             write_features(Path(temporary), config, source.ids),
             batch=rows_of,
-            threads=THREADS,
+            threads=threads,
             prefetch=config.data.prefetch,
             cache_pixels=False,
         )
@@ -207,13 +207,13 @@ def _wait(scale: Scale, grid: int, width: int, batch: int, folder: str | None, c
             waits.append(waited / (time.perf_counter() - began))
 
         # What was made while the step compiled says nothing.
-        for _ in range(loader.prefetch + THREADS):
+        for _ in range(loader.prefetch + threads):
             next(batches)
         sides = {"one batch on the device": lambda: step.fed(None, count), "loader and stores": fed}
         times = alternate(sides, scale.turns, clock, share=scale.share)
         batches.close()
     waited = float(np.median(waits[1:]))
-    note = f"waited {waited:.1%} of the time; {THREADS} threads, {loader.batch_bytes / rows_of / 1e6:.2f} MB a picture"
+    note = f"waited {waited:.1%} of the time; {threads} threads, {loader.batch_bytes / rows_of / 1e6:.2f} MB a picture"
     told = {"loader and stores": {"note": note, "waited": waited}}
     name = f"{count} steps of move_kd {size} batch {rows_of} {scale.dtype}, adapters train"
     return rows(name, times, count * rows_of, "images", told)

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ def bench(
     small: bool = False,
     minutes: float = 0.0,
     folder: str | None = None,
+    after: dict[str, Any] | None = None,
     command: str = "",
     told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -41,12 +43,13 @@ def bench(
       minutes: begin no case after its section's share of so many minutes, and end turns early; 0: no limit. A case
         that compiles is not interrupted.
       folder: where the input section writes; None: the system's temporary folder.
+      after: what an earlier call returned; the cases that it measured are left out.
       command: what is written down as the command.
       told: called with a line of progress.
 
     Returns:
       What `text` prints and JSON holds: ``suite``, ``command``, ``seconds``, ``versions``, ``machine``, ``rows``,
-      ``left_out``, the cases that were not measured with the reason, and ``wrong``, how many of these because their
+      ``measured``, the cases by section, ``left_out``, the cases that were not measured with the reason, and ``wrong``, how many of these because their
       sides compute different things.
 
     Raises:
@@ -57,11 +60,14 @@ def bench(
     if suite == "gpu" and jax.default_backend() != "gpu" and not small:
         raise InputError(f"--suite=gpu: expected a GPU, found {jax.devices()[0].device_kind}")
     chosen = choose(suite, only, small, folder)
+    done = [] if after is None else [tuple(one) for one in after["measured"]]
+    chosen = {name: [case for case in cases if (name, case.name) not in done] for name, cases in chosen.items()}
     cache = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is a figure
     whole, spent = Clock(60 * minutes), 0.0
     found: list[dict[str, Any]] = []
     left_out: list[dict[str, str]] = []
+    measured: list[tuple[str, str]] = []
     wrong = 0
     described = machine()
     total = sum(SECTIONS[section] for section in chosen)
@@ -82,6 +88,7 @@ def bench(
                     why = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
                     left_out.append({"section": section, "case": case.name, "why": why})
                     continue
+                measured.append((section, case.name))
                 for row in made:
                     told(f"  {row.side}: {row.rate:.4g} {row.unit}/s, {row.ratio:.2f} times the first's time")
                     found.append({"section": section, **as_json(row)})
@@ -96,6 +103,7 @@ def bench(
         "versions": versions(),
         "machine": {**described, "load_after": load()},
         "rows": found,
+        "measured": measured,
         "left_out": left_out,
         "wrong": wrong,
     }
@@ -189,6 +197,20 @@ def _ms(seconds: float) -> str:
 def to_json(found: dict[str, Any]) -> bytes:
     """Returns the JSON of what `bench` found."""
     return (json.dumps(found, indent=1) + "\n").encode()
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """Reads the JSON of an earlier call.
+
+    Raises:
+      InputError: no such file, or something else in it.
+    """
+    try:
+        found = json.loads(path.read_text())
+        assert all(isinstance(section, str) and isinstance(name, str) for section, name in found["measured"])
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise InputError(f"--after: {path}: expected the output of tove bench, found {error!r}") from None
+    return found
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:

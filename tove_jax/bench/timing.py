@@ -192,10 +192,15 @@ def machine() -> dict[str, Any]:
         "platform": device.platform,
         "kind": device.device_kind,
         "devices": jax.device_count(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "peak_flops": peak_flops(),
         "load": load(),
     }
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load() -> float | None:

@@ -91,9 +91,10 @@ class TorchStep:
             self._compiled, self.note = "none", "without torch.compile, by TORCHDYNAMO_DISABLE"
 
     def _tensor(self, value: np.ndarray) -> Any:
-        tensor = self.torch.from_numpy(np.asarray(value, np.float32)).to(self.device)
-        # Features are stored in half precision on both sides.
-        return tensor.to(self.torch.bfloat16) if self.half and value.dtype != np.float32 else tensor
+        if not self.half or value.dtype.name != "bfloat16":
+            return self.torch.from_numpy(np.asarray(value, np.float32)).to(self.device)
+        # Features are stored in half precision on both sides; NumPy's has no counterpart in torch.
+        return self.torch.from_numpy(value.view(np.int16)).view(self.torch.bfloat16).to(self.device)
 
     def _loss(self, pixels: Any, features: Any, words: Any) -> Any:
         with self.torch.autocast(self.device.type, self.torch.bfloat16, enabled=self.half):

@@ -70,10 +70,11 @@ def linear(kernel: Any, bias: Any = None) -> Any:
     from torch import nn
 
     inputs, outputs = kernel.shape
-    made = nn.Linear(inputs, outputs, bias=bias is not None)
-    made.weight.data = tensor(np.asarray(kernel).T.copy())
+    # Nothing is drawn that would be overwritten.
+    made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(tensor(np.asarray(kernel).T.copy()))
     if bias is not None:
-        made.bias.data = tensor(bias)
+        made.bias = nn.Parameter(tensor(bias))
     return made
 
 

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="Also write everything there.")
     parser.add_argument("--minutes", type=float, default=0.0, help="End in an orderly way after so many; 0: no limit.")
+    parser.add_argument("--after", type=Path, metavar="FILE.json", help="Leave out the cases measured there.")
     parser.add_argument("--small", action="store_true", help="Tiny shapes: shows that it works, measures nothing.")
     parser.add_argument(
         "--folder", help="On the disk that the input section measures; the temporary folder if left out."
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, stores JSON; 1 where nothing could be measured, 2 where sides differ in what they compute."""
     # Torch takes its turns on the same device, so neither may take all of its memory beforehand.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from tove_jax.bench.run import bench, command_line, text, to_json
+    from tove_jax.bench.run import bench, command_line, earlier, text, to_json
     from tove_jax.errors import InputError
     from tove_jax.files.atomic import atomic_write_bytes
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         small=args.small,
         minutes=args.minutes,
         folder=args.folder,
+        after=None if args.after is None else earlier(args.after),
         command=command_line(),
         told=lambda line: print(f"bench: {line}", file=sys.stderr),
     )
