@@ -32,3 +32,5 @@ def test_auto_takes_flash_attention_only_where_it_runs(monkeypatch):
     assert choose("auto", jnp.float32, 64) == "xla"
     assert choose("auto", jnp.bfloat16, 20) == "xla"
     assert choose("xla", jnp.bfloat16, 64) == "xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose("auto", jnp.bfloat16, 64) == "pallas" and choose("auto", jnp.float32, 64) == "xla"

@@ -170,6 +170,10 @@ def test_the_command(monkeypatch, capsys, compiled):
     assert "cpu:8: 8 chips" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mesh"]["tensor"] == 2
+    assert main([*words, "--profile"]) == 0
+    told = capsys.readouterr().out
+    for part in ("where it goes", "MLP (forward", "attention, maps", "adapters", "losses and targets", "optimiser"):
+        assert part in told
     assert main([*words[:2], "--topology=v9:2x2"]) == 2
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from typing import Any
 
 HELP = "what a run takes on a TPU slice or GPU node: memory, traffic, time; compiled without one"
 TAKES_CONFIG = True
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, help="Tokens of a row of text; the longest bucket when left out.")
     parser.add_argument("--search", action="store_true", help="Find the best mesh and batch in place of the run's own.")
     parser.add_argument("--tries", type=int, default=4, help="Compilations of a search, or to make a run fit, at most.")
+    parser.add_argument("--profile", action="store_true", help="Say which parts of the step take its time and bytes.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
@@ -29,12 +31,15 @@ def run(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from tove_jax.config.schema import MeshConfig
     from tove_jax.plan.chips import parse
-    from tove_jax.plan.compile import compile_step
+    from tove_jax.plan.compile import Compiled, compile_step
     from tove_jax.plan.report import figures, text, to_json, trials_json, trials_text
     from tove_jax.plan.search import mend, search, sizes
 
     def told(line: str) -> None:
         print(f"plan: compiling {line}", file=sys.stderr)
+
+    def profiled(found: dict[str, Any], compiled: Compiled) -> dict[str, Any]:
+        return {**found, "profile": compiled.profile} if args.profile and compiled.profile is not None else found
 
     topology = parse(args.topology, args.slices)
     options = {"tries": args.tries, "length": args.length, "told": told}
@@ -44,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
             print(to_json({"search": trials_json(trials, topology)}))
         else:
             print(trials_text(trials))
-            print("\n" + text(figures(trials[0].config, topology, trials[0].compiled)))
+            print("\n" + text(profiled(figures(trials[0].config, topology, trials[0].compiled), trials[0].compiled)))
         return 0 if trials[0].fits else 1
     config = dataclasses.replace(args.config, mesh=MeshConfig(*sizes(args.config, topology)))
     told(f"{config.title or 'run'} for {topology.name}")
     compiled = compile_step(config, topology, length=args.length)
-    found = figures(config, topology, compiled)
+    found = profiled(figures(config, topology, compiled), compiled)
     trials = [] if found["fits"] else mend(config, topology, **options)
     if args.json:
         print(to_json(found | ({"mend": trials_json(trials, topology)} if trials else {})))

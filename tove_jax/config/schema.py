@@ -73,7 +73,7 @@ class StudentConfig:
     activation: Literal["quick_gelu", "gelu"] = option("quick_gelu", "OpenAI's CLIP uses quick_gelu, OpenCLIP gelu.")
     norm_epsilon: float = option(1e-5, "Layer norm epsilon.")
     feature: str = option("layers/-2", "The intermediate whose patch tokens are distilled and used. [code]")
-    attention: Literal["auto", "xla", "cudnn"] = option("auto", "Attention implementation.")
+    attention: Literal["auto", "xla", "cudnn", "pallas"] = option("auto", "Attention implementation.")
     remat: Literal["none", "dots", "full"] = option("none", "What the backward pass computes again, a block at a time.")
     view: ViewConfig = section(ViewConfig, "How the student sees a picture.")
     adapter: AdapterConfig = section(AdapterConfig, "LoRA experts in the MLPs.")
@@ -286,7 +286,7 @@ class LanguageConfig:
     lora_rank: int = option(0, "Rank of low-rank updates beside `llava`'s linears, which then stay frozen; 0: none.")
     lora_alpha: float = option(16.0, "Their scale is alpha / rank.")
     loss_chunk: int = option(0, "Positions whose logits are held at once, over a row; 0: all of them.")
-    attention: Literal["auto", "xla", "cudnn"] = option("auto", "Attention implementation.")
+    attention: Literal["auto", "xla", "cudnn", "pallas"] = option("auto", "Attention implementation.")
     remat: Literal["none", "dots", "full"] = option("none", "What the backward pass computes again, a layer at a time.")
 
 

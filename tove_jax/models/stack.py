@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tove_jax.errors import InputError
+from tove_jax.models.tpu_attention import RESIDUALS
 
 UNROLLED = 4  # Runs of at most this many layers are unrolled: 10 % faster on CPU, and quicker to compile.
 
@@ -173,5 +174,8 @@ def rematerialised(body: Callable[..., Any], remat: Remat, *, prevent_cse: bool)
     if remat == "none":
         return body
     policies = jax.checkpoint_policies
-    dots = policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    dots = None
+    if remat == "dots":
+        kernels = policies.save_only_these_names(RESIDUALS)
+        dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kernels)
     return jax.checkpoint(body, policy=dots, prevent_cse=prevent_cse)

@@ -74,6 +74,7 @@ class Compiled:
       batch_bytes: of a global batch, on the host.
       feature_bytes: of these, features read from a store.
       compile_s: seconds to lower and compile.
+      profile: `tove_jax.plan.profile.Profile` as a dict; None with `memory`.
     """
 
     memory: Memory | None
@@ -84,6 +85,7 @@ class Compiled:
     batch_bytes: int
     feature_bytes: int
     compile_s: float
+    profile: dict[str, Any] | None = None
 
 
 def compile_step(config: Config, topology: Topology, *, length: int | None = None) -> Compiled:
@@ -192,6 +194,7 @@ def compiled_here(config: Config, topology: Topology, *, length: int | None = No
     from tove_jax.parallel import run_mesh
     from tove_jax.plan.abstract import abstract_run, lower, on_mesh, tree_bytes
     from tove_jax.plan.hlo import Program
+    from tove_jax.plan.profile import profile
     from tove_jax.plan.roofline import roofline
 
     mesh = run_mesh(config, find_devices(topology))
@@ -234,14 +237,23 @@ def compiled_here(config: Config, topology: Topology, *, length: int | None = No
         limit=topology.chip.device.memory,
         estimated=topology.chip.platform != "tpu",
     )
+    program = Program(compiled.as_text())
     found = roofline(
-        Program(compiled.as_text()),
+        program,
         topology,
         places_of(mesh, topology),
         scattered=topology.chip.platform != "tpu",
     )
     told_roofline = {**dataclasses.asdict(found), "step_s": found.step_s, "bound": found.bound}
-    return Compiled(memory=memory, needed=memory.total, roofline=told_roofline, compile_s=seconds, **facts)
+    told_profile = dataclasses.asdict(profile(program, topology.chip.device))
+    return Compiled(
+        memory=memory,
+        needed=memory.total,
+        roofline=told_roofline,
+        compile_s=seconds,
+        profile=told_profile,
+        **facts,
+    )
 
 
 def without_remat(config: Config) -> Config:

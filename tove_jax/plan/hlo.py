@@ -26,6 +26,8 @@ _FREE = {
     *("while", "conditional", "call", "opt-barrier", "async-done", "copy-done", "add-dependency", "iota"),
     *("send-done", "recv", "recv-done", "domain"),
 }
+_TOLD = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # what a kernel says of itself
+_ALLOCATES = 'custom_call_target="AllocateBuffer"'
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -125,15 +127,18 @@ class Program:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         name = ""
-        lines: list[Instruction] = []
+        lines: list[str] = []
         for line in text.splitlines():
             if not line[:1].isspace() and line.endswith("{") and (head := _HEAD.match(line)):
                 name, lines = head[2], []
                 self.entry = name if head[1] else self.entry
-            elif line.startswith("}") and name:
-                self.computations[name], name = Computation(name, lines), ""
-            elif name and (found := _LINE.match(line)):
-                lines.append(_instruction(line, found))
+            elif line.rstrip() == "}" and name:
+                instructions = [_instruction(whole, found) for whole in lines if (found := _LINE.match(whole))]
+                self.computations[name], name = Computation(name, instructions), ""
+            elif name and _LINE.match(line):
+                lines.append(line)
+            elif name and lines:
+                lines[-1] += " " + line  # what a kernel says of itself may hold line breaks
         if not self.entry:
             raise InputError("compiled program: expected the text of an HLO module, found none with an entry")
         self._flops: dict[str, float] = {}
@@ -214,6 +219,8 @@ class Program:
             return 2.0 * math.prod(one.shapes[0].dims) * math.prod(left[axis] for axis in axes)
         if one.opcode == "convolution":
             return _convolution_flops(where, one)
+        if one.opcode == "custom-call" and (told := _TOLD.search(one.rest)):
+            return float(told[1])
         if one.opcode in ("fusion", "async-start"):
             return self._inner_flops(one.attribute("calls"))
         return 0.0
@@ -231,7 +238,7 @@ class Program:
 
         Of an array that it only cuts a slice from, or writes a slice into, the slice counts.
         """
-        if one.opcode in _FREE:
+        if one.opcode in _FREE or _ALLOCATES in one.rest:
             return 0.0
         shapes = [where.by_name[operand].shapes for operand in one.operands if operand in where.by_name]
         if one.opcode == "fusion" and (called := one.attribute("calls")) in self.computations:

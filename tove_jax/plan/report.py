@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tove_jax.config.schema import Config
+from tove_jax.plan import profile
 from tove_jax.plan.chips import GIB, Topology
 from tove_jax.plan.compile import Compiled
 from tove_jax.plan.search import Trial, sizes
@@ -135,6 +136,8 @@ def text(found: dict[str, Any]) -> str:
         f"{found['input']['feature_bytes_a_second'] / 1e6:.0f} of them",
         f"{found['steps']} steps: {found['hours']:.2f} hours, {found['chip_hours']:.1f} chip-hours",
     ]
+    if "profile" in found:
+        lines += ["", profile.table(profile.read(found["profile"]), line["step_s"])]
     return "\n".join(lines)
 
 

@@ -62,20 +62,23 @@ def make_loss(config: Config, manifests: Mapping[str, Manifest], language: Langu
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         text, batch = batch.get("text"), by_picture(batch)
         rows = batch["mask"].shape[0] if text is None else text["labels"].shape[0]
-        features = {name: _features(name, payload) for name, payload in batch["features"].items()}
+        with jax.named_scope("features"):
+            features = {name: _features(name, payload) for name, payload in batch["features"].items()}
         pixels = view.normalize(batch["pixels"])
         outputs = method.forward(student, params, pixels, features, config, key)
         if language is not None and text is not None and "instruction" in text:
             words = text["instruction"].reshape(batch["mask"].shape[0], -1)
             embedded = jax.lax.stop_gradient(language.embed(params["language"], words))
             batch = {**batch, "instruction": embedded, "instruction_mask": words >= 0}
-        total, metrics = method.objective(params.get("method", {}), outputs, features, batch, config)
+        with jax.named_scope("method"):
+            total, metrics = method.objective(params.get("method", {}), outputs, features, batch, config)
         if language is None:
             return total, metrics
         tokens = method.visible_tokens(outputs, config)
         shown = jnp.repeat(batch.get("has_picture", batch["mask"]), tokens.shape[1]).reshape(rows, -1)
         tokens = tokens.reshape(rows, -1, tokens.shape[-1])
-        told, more = text_loss(language, params["language"], tokens, text, shown)
+        with jax.named_scope("language"):
+            told, more = text_loss(language, params["language"], tokens, text, shown)
         told = told / jnp.maximum(batch["mask"].sum(), 1)
         total = total + config.language.text_weight * told
         return total, {**metrics, **more, "loss/text": told, "loss/total": total}

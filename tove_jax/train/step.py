@@ -51,7 +51,8 @@ def make_step(
     schedule = make_schedule(config.optim, config.train.steps)
 
     def gradients(state: TrainState, experts: Any, batch: Batch, key: jax.Array) -> Any:
-        batch = batch if prepare is None else prepare(experts, batch)
+        with jax.named_scope("experts"):
+            batch = batch if prepare is None else prepare(experts, batch)
 
         def of_trainable(trainable: Any) -> Any:
             return loss(merge(trainable, state.frozen), batch, key)
@@ -82,12 +83,13 @@ def make_step(
         metrics, grads = (gradients if pieces == 1 else accumulated)(state, experts, batch, key)
         norm = global_norm(grads)
         good = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norm) & (state.bad_step < 0)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        trainable = keep(optax.apply_updates(state.trainable, updates), state.trainable)
+        with jax.named_scope("optimiser"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = keep(optax.apply_updates(state.trainable, updates), state.trainable)
         metrics = {
             **metrics,
             "optim/gradient_norm": norm,
