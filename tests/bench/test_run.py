@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tove_jax.bench import cases, run, sections, torch_side
-from tove_jax.bench.timing import Clock, Row, Spread, alternate, peak_flops, rows
+from tove_jax.bench.timing import Clock, Row, Spread, Turn, alternate, peak_flops, rows
 from tove_jax.cli.main import main
 from tove_jax.errors import InputError
 from tove_jax.plan.abstract import abstract_run
@@ -22,6 +22,12 @@ def test_sides_take_turns_and_ratios_are_of_turns():
     found = rows("case", {"a": [1.0, 4.0, 2.0], "b": [2.0, 8.0, 5.0]}, 10, "images", flops=4e12)
     assert [row.ratio for row in found] == [1.0, 2.0] and found[0].seconds == Spread(2.0, 1.0, 4.0, 3)
     assert found[0].rate == 5.0 and found[0].facts == {"tflops": 2.0}
+    # What the processors did is told beside, where it was counted.
+    turns = {"a": [Turn(1.0, 0.5)], "b": [Turn(9.0, 1.0)]}
+    assert [row.facts for row in rows("case", turns, 10, "images")] == [
+        {"cpu_s": 0.5, "cpu_ratio": 1.0},
+        {"cpu_s": 1.0, "cpu_ratio": 2.0},
+    ]
     # No peak is published of a processor, so nothing is said of its share.
     assert peak_flops() == 0.0
 
@@ -92,7 +98,15 @@ def test_one_side_that_lacks_memory_is_left_out(step, monkeypatch):
 
 
 def fake(monkeypatch, *names):
-    row = Row("one", "tove_jax", Spread(0.5, 0.4, 0.6, 5), 10, "images", 1.0, {"tflops": 1.5, "note": "a note"})
+    row = Row(
+        "one",
+        "tove_jax",
+        Spread(0.5, 0.4, 0.6, 5),
+        10,
+        "images",
+        1.0,
+        {"tflops": 1.5, "note": "a note", "cpu_s": 0.3, "cpu_ratio": 1.0},
+    )
 
     def made(case, clock):
         if case == "broken":
@@ -115,7 +129,7 @@ def test_what_is_found_is_written_down(monkeypatch, tmp_path, capsys):
     assert stored["machine"]["platform"] == "cpu" and stored["machine"]["cores"] > 0
     assert stored["left_out"] == [{"section": "step", "case": "broken", "why": "RuntimeError: no memory"}]
     printed = capsys.readouterr().out
-    assert "| one | tove_jax | 500 (400 to 600) | 20 images | 1.00 | 1.5 |  |  |  | a note |" in printed
+    assert "| one | tove_jax | 500 (400 to 600) | 20 images | 1.00 | 300 (1.00) | 1.5 |  |  |  | a note |" in printed
     assert "- step: broken: RuntimeError: no memory" in printed
     assert stored["measured"] == [["step", "fine"]]
     # What is measured there is not measured again.

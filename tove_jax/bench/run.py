@@ -162,8 +162,8 @@ def text(found: dict[str, Any]) -> str:
             continue
         lines += ["", f"### {section}", ""]
         lines += [
-            "| case | side | time, ms (quartiles) | a second | times the first's time | TFLOP/s | MFU | memory, MiB | compile, s | |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| case | side | time, ms (quartiles) | a second | times the first's time | on processors, ms (times the first's) | TFLOP/s | MFU | memory, MiB | compile, s | |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         case = ""
         for row in part:
@@ -175,6 +175,7 @@ def text(found: dict[str, Any]) -> str:
                 _ms(seconds["median"]) + spread,
                 f"{row['rate']:.3g} {row['unit']}",
                 f"{row['ratio']:.2f}",
+                f"{_ms(facts['cpu_s'])} ({facts['cpu_ratio']:.2f})" if "cpu_s" in facts else "",
                 f"{facts['tflops']:.3g}" if "tflops" in facts else "",
                 f"{facts['mfu']:.1%}" if "mfu" in facts else "",
                 f"{facts['memory_mib']:.0f}" if "memory_mib" in facts else "",

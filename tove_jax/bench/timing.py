@@ -52,7 +52,8 @@ class Row:
       amount: how many pictures, tokens or bytes one time took.
       unit: what `amount` counts.
       ratio: this side's time over the case's first side's, the median over turns; what counts.
-      facts: more of it, such as ``compile_s``, ``tflops`` a second, ``mfu``, ``memory_mib`` or ``note``.
+      facts: more of it, such as ``compile_s``, ``tflops`` a second, ``mfu``, ``memory_mib``, ``note``, and where the
+        device is a processor ``cpu_s`` (see `Turn`) and ``cpu_ratio``, which is to it what ``ratio`` is to ``seconds``.
     """
 
     case: str
@@ -67,6 +68,22 @@ class Row:
     def rate(self) -> float:
         """`amount` a second."""
         return self.amount / self.seconds.median
+
+
+class Turn(float):
+    """Seconds of one turn.
+
+    Attributes:
+      cpu: seconds that this process's threads spent on processors in it, which others that want them hardly change.
+    """
+
+    cpu: float
+
+    def __new__(cls, seconds: float, cpu: float) -> Turn:
+        """Makes the turn's number."""
+        made = super().__new__(cls, seconds)
+        made.cpu = cpu
+        return made
 
 
 class Clock:
@@ -92,7 +109,7 @@ class Clock:
 
 def alternate(
     sides: Mapping[str, Callable[[], Any]], turns: int, clock: Clock, *, share: float = 60.0
-) -> dict[str, list[float]]:
+) -> dict[str, list[Turn]]:
     """Times sides that take turns, so that a change of the machine's load meets all of them.
 
     Args:
@@ -104,7 +121,7 @@ def alternate(
     Returns:
       Seconds of every turn, as many for each side; the first turn, which warms up, is left out.
     """
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[Turn]] = {name: [] for name in sides}
     for side in sides.values():
         side()
     began = time.monotonic()
@@ -112,15 +129,15 @@ def alternate(
         if turn and (clock.left <= 0 or time.monotonic() - began > share):
             break
         for name, side in sides.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             side()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(Turn(time.perf_counter() - start, time.process_time() - cpu))
     return times
 
 
 def rows(
     case: str,
-    times: Mapping[str, Sequence[float]],
+    times: Mapping[str, Sequence[Any]],
     amount: float,
     unit: str,
     facts: Mapping[str, dict[str, Any]] | None = None,
@@ -142,6 +159,11 @@ def rows(
         spread = Spread.of(seen)
         if flops:
             told |= figures(flops, spread.median)
+        if jax.default_backend() == "cpu" and all(isinstance(turn, Turn) for turn in (*seen, *first)):
+            told["cpu_s"] = statistics.median(turn.cpu for turn in seen)
+            told["cpu_ratio"] = statistics.median(
+                mine.cpu / max(other.cpu, 1e-9) for mine, other in zip(seen, first, strict=True)
+            )
         ratio = statistics.median(mine / other for mine, other in zip(seen, first, strict=True))
         found.append(Row(case, side, spread, amount, unit, ratio, told))
     return found
