@@ -88,6 +88,8 @@ def bench(
                     why = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
                     left_out.append({"section": section, "case": case.name, "why": why})
                     continue
+                finally:
+                    sections.release()
                 measured.append((section, case.name))
                 for row in made:
                     told(f"  {row.side}: {row.rate:.4g} {row.unit}/s, {row.ratio:.2f} times the first's time")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -120,6 +122,16 @@ def torch_missing() -> str:
     import torch
 
     return "" if platform == "gpu" and torch.cuda.is_available() else f"torch does not run on this {platform}"
+
+
+def release() -> None:
+    """Gives back what a case's sides held, and what torch keeps of a GPU's memory for itself."""
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def step_cases(scale: Scale) -> list[Case]:
