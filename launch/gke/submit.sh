@@ -2,8 +2,8 @@
 # One command on TPU slices or GPU nodes of a GKE cluster that has the JobSet controller, as one JobSet.
 # usage: launch/gke/submit.sh [--dry-run] tpu|gpu NAME COMMAND [ARGUMENT ...]
 #   IMAGE=... launch/gke/submit.sh tpu demo tove train --config=configs/demo.py --workdir=/shared/demo
-# environment: IMAGE; CLAIM, a volume that all pods write, mounted as /shared (shared); HOSTS of a slice, or GPU nodes;
-# CHIPS of a host; ACCELERATOR; TOPOLOGY and SLICES (TPU); RESTARTS (20).
+# environment: IMAGE; CLAIM, a volume that all pods write, mounted as /shared (shared), where runs lie unless --workdir is
+# in gs://; HOSTS of a slice, or GPU nodes; CHIPS of a host; ACCELERATOR; TOPOLOGY and SLICES (TPU); RESTARTS (20).
 # A pod that is taken away gets a SIGTERM and five minutes to save; then the whole set starts again and goes on.
 set -euo pipefail
 dry=''

@@ -28,11 +28,14 @@ def run(args: argparse.Namespace) -> int:
     """Answers, a line a question; with several questions each is printed before its answer."""
     from tove_jax.data.decode import read_picture
     from tove_jax.eval.answerers import open_answerer
+    from tove_jax.files import mirror
     from tove_jax.language.decode import Decoding
 
     experts = None if args.experts is None else [name for name in args.experts.split(",") if name]
     pictures = [read_picture(path) for path in args.image]
-    model = open_answerer(args.model, step=args.step, experts=experts, template=args.template, seed=args.seed)
+    model = open_answerer(
+        mirror.located(args.model), step=args.step, experts=experts, template=args.template, seed=args.seed
+    )
     questions = args.question or [""]
     if args.choices is not None:
         choices = [text.strip() for text in args.choices.split(",")]

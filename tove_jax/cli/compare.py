@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tove_jax.config.sweep import Sweep
+from tove_jax.files.remote import disk_folder
 
 HELP = "train several settings over several seeds: one table with spreads and paired differences, and a plot"
 
@@ -13,7 +14,7 @@ HELP = "train several settings over several seeds: one table with spreads and pa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     parser.add_argument("sweep", metavar="FILE.py[:ARGUMENT]", help="Sweep file, such as configs/sweeps/methods.py.")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/compare"), help="Folder of all runs.")
+    parser.add_argument("--workdir", type=disk_folder, default=Path("runs/compare"), help="Folder of all runs.")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="Only these rows.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="In place of the file's seeds.")
     parser.add_argument("--no-train", action="store_true", help="Only compare the runs that are done.")

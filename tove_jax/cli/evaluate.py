@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from tove_jax.cli.stored import of_run
 from tove_jax.config.schema import Config
+from tove_jax.files.remote import folder
 
 HELP = "judge the student's features on held-out pictures, or a model's answers to published questions"
 TAKES_CONFIG = True
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     parser.add_argument("--step", type=int, help="A saved step; the newest when left out.")
     parser.add_argument(
-        "--seeds", type=Path, nargs="+", default=[], metavar="WORKDIR",
+        "--seeds", type=folder, nargs="+", default=[], metavar="WORKDIR",
         help="Folders of further runs of this setting; mean and spread go into this run's metrics.json.",
     )  # fmt: skip
     answers = parser.add_argument_group("answers to questions")
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from tove_jax.errors import InputError
     from tove_jax.eval.run import evaluate_run, evaluate_runs
     from tove_jax.eval.runner import table
+    from tove_jax.files import mirror
     from tove_jax.parallel import together
 
     if args.tasks:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.step is not None:
         raise InputError("--step: expected no step beside --seeds, which takes each run's newest")
-    summary = evaluate_runs(args.config, [args.workdir, *args.seeds])
+    summary = evaluate_runs(args.config, [args.workdir, *map(mirror.reading, args.seeds)])
     if not together.is_first():
         return 0
     print(f"{summary['eval/seeds/count']} runs, mean and standard deviation:")
@@ -86,6 +87,7 @@ def _ask(args: argparse.Namespace) -> int:
     from tove_jax.eval.ask_tasks import Model, ask_tasks
     from tove_jax.eval.tasks.captions import CLASS_TEXT
     from tove_jax.eval.tasks.registry import Options
+    from tove_jax.files import mirror
     from tove_jax.parallel import together
 
     if args.seeds:
@@ -94,7 +96,7 @@ def _ask(args: argparse.Namespace) -> int:
         raise InputError("--tasks: expected --model, or --workdir with a trained run")
     experts = None if args.experts is None else tuple(name for name in args.experts.split(",") if name)
     results = ask_tasks(
-        Model(args.model or str(args.workdir), args.step, experts, args.template),
+        Model(mirror.located(args.model or str(args.workdir)), args.step, experts, args.template),
         args.tasks,
         args.workdir,
         Options(

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=(),
         help="Only shards I, I + N, ... from 0, waiting for nobody: for hosts without a common disk. `process`: this "
-        "process's number and their count. When left out, processes share one disk and take what is left to do.",
+        "process's number and their count, which is also what an object store takes. When left out, processes share one "
+        "disk and take what is left to do.",
     )
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
 
@@ -41,10 +42,13 @@ def run(args: argparse.Namespace) -> int:
     """Extracts the missing features and prints where they lie."""
     from tove_jax import methods
     from tove_jax.experts.run import extract_all
+    from tove_jax.files import mirror
+    from tove_jax.files.remote import is_remote
 
     read = methods.get(args.config.method.name).training_experts(args.config)
     only = args.experts.split(",") if args.experts else read
-    part = args.share or ((args.processes.index, args.processes.count) if args.share is None else None)
+    apart = args.share is None or is_remote(args.config.features.path) or mirror.mirror_of(args.workdir) is not None
+    part = args.share or ((args.processes.index, args.processes.count) if apart else None)
     progress = not args.quiet and args.processes.index == 0
     stores = extract_all(args.config, args.workdir, experts=only, progress=progress, share=part)
     for folders in stores.values():

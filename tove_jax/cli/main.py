@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from tove_jax.errors import InputError, NonFiniteError, nearest
 from tove_jax.files.compiled import keep_compiled
+from tove_jax.files.remote import folder, is_remote
 
 # Command -> module; loaded only when called, so that `tove --help` starts no JAX.
 COMMANDS = {
@@ -89,7 +91,11 @@ def parser_of(command: str) -> tuple[Any, argparse.ArgumentParser]:
         parser.add_argument(
             "--config", required=settings is None, metavar="FILE.py[:ARGUMENT]", help=f"Config file{otherwise}."
         )
-        parser.add_argument("--workdir", type=Path, help="Run folder; runs/<the config's title> when left out.")
+        parser.add_argument(
+            "--workdir",
+            type=folder,
+            help="Run folder, also of an object store (gs://, s3://); runs/<the config's title> when left out.",
+        )
     if takes_config or settings is not None:
         parser.epilog = "Single settings: --config.SECTION.FIELD=VALUE"
     if getattr(module, "PROCESSES", ""):
@@ -103,16 +109,30 @@ def parser_of(command: str) -> tuple[Any, argparse.ArgumentParser]:
 
 def _run(module: Any, args: argparse.Namespace, overrides: list[str], where: str) -> int:
     settings = getattr(module, "settings", None)
-    if getattr(module, "TAKES_CONFIG", False) and args.config:
+    given = getattr(module, "TAKES_CONFIG", False) and args.config
+    if given:
         from tove_jax.config import from_file
 
         args.config = from_file(args.config, overrides)
         args.workdir = args.workdir or Path("runs") / (args.config.title or "run")
-    elif settings is not None:
-        from tove_jax.config import with_overrides
+    place = None
+    with contextlib.ExitStack() as opened:
+        if is_remote(getattr(args, "workdir", None) or ""):
+            from tove_jax.data.cache import cache_folder
+            from tove_jax.files import mirror
 
-        args.config = with_overrides(settings(args), overrides, where)
-    return module.run(args) or 0
+            first = getattr(args, "processes", None) is None or args.processes.index == 0
+            cache = cache_folder(args.config.data.cache if given else "")
+            place = args.workdir if first else None
+            args.workdir = opened.enter_context(mirror.opened(args.workdir, cache, send=first))
+        if not given and settings is not None:
+            from tove_jax.config import with_overrides
+
+            args.config = with_overrides(settings(args), overrides, where)
+        status = module.run(args) or 0
+    if place is not None:
+        print(f"{where}: {place} has what was written", file=sys.stderr)
+    return status
 
 
 def _among_processes(module: Any, args: argparse.Namespace, overrides: list[str], where: str, processes: str) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from tove_jax.config.schema import Config
+from tove_jax.files.remote import folder
 
 PROCESSES = "together"
 HELP = "distil a finished run, experts or adapters included, into one plain CLIP tower; resumes"
@@ -13,8 +13,8 @@ HELP = "distil a finished run, experts or adapters included, into one plain CLIP
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
-    parser.add_argument("run", type=Path, help="Folder of the finished run.")
-    parser.add_argument("--workdir", type=Path, help="Run folder of the merged tower; RUN/merged when left out.")
+    parser.add_argument("run", type=folder, help="Folder of the finished run.")
+    parser.add_argument("--workdir", type=folder, help="Run folder of the merged tower; RUN/merged when left out.")
     parser.add_argument("--step", type=int, help="A saved step of the run; its last when left out.")
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
 
@@ -28,6 +28,11 @@ def settings(args: argparse.Namespace) -> Config:
 
 def run(args: argparse.Namespace) -> int:
     """Trains the merged tower; returns 143 when a SIGTERM stopped it after saving."""
+    from tove_jax.data.cache import cache_folder
+    from tove_jax.files import mirror
     from tove_jax.train.loop import train
 
-    return train(args.config, args.workdir or args.run / "merged", progress=not args.quiet)
+    # One that was named is open already.
+    place = args.workdir or folder(f"{args.run}/merged")
+    with mirror.opened(place, cache_folder(args.config.data.cache), send=args.processes.index == 0) as workdir:
+        return train(args.config, workdir, progress=not args.quiet)

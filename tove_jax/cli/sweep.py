@@ -6,13 +6,15 @@ import argparse
 import shlex
 from pathlib import Path
 
+from tove_jax.files.remote import disk_folder
+
 HELP = "run a sweep file's settings and seeds: several at a time here, as a Slurm array, or as JobSets; then one table"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's options."""
     parser.add_argument("sweep", metavar="FILE.py[:ARGUMENT]", help="Sweep file, as of `tove compare`.")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/compare"), help="Folder of all runs.")
+    parser.add_argument("--workdir", type=disk_folder, default=Path("runs/compare"), help="Folder of all runs.")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="Only these rows.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="In place of the file's seeds.")
     parser.add_argument("--at-once", type=int, default=0, metavar="N", help="Runs at a time; here 1 when left out.")

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_jax.errors import InputError
-
-
-def cache_folder(configured: str = "") -> Path:
-    """Returns the cache folder: `configured`, or ``tove_jax`` in the user's cache (XDG_CACHE_HOME)."""
-    if configured:
-        return Path(configured).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base) / "tove_jax"
+from tove_jax.files.remote import cache_folder as cache_folder
 
 
 def content_key(**parts: Any) -> str:

@@ -29,8 +29,7 @@ from tove_jax.language.model import LanguageModel, tokenizer_source
 from tove_jax.models import vit
 from tove_jax.models.llava import Llava, pack_pictures
 from tove_jax.parallel import make_mesh
-from tove_jax.train.checkpoint import load_language, load_student
-from tove_jax.train.handover import is_run
+from tove_jax.train.checkpoint import is_run, load_language, load_student
 from tove_jax.train.language import build, fingerprint, initial_language
 
 _SEEN_AT_ONCE = 16

@@ -17,6 +17,7 @@ from tove_jax.eval import bootstrap
 from tove_jax.eval.answer_file import AnswerFiles, Marks, Record, append
 from tove_jax.eval.metrics_file import replace_metrics
 from tove_jax.eval.tasks.base import Question, Task, group_by
+from tove_jax.files import mirror
 from tove_jax.files.atomic import atomic_write_json
 from tove_jax.language.answer import Answerer
 from tove_jax.language.decode import Decoding
@@ -81,8 +82,8 @@ def evaluate_answers(
 
     Answers go to ``<workdir>/eval/<task>.jsonl``, on the disk after each batch, so that a run that was killed goes on
     where it was. Several processes answer every `process_count`-th question each, with a model of their own, into files
-    of their own on a disk they share; the first one gathers them. Numbers go to ``<workdir>/eval/<task>.json`` and as
-    ``eval/<task>/...`` into ``<workdir>/metrics.json``.
+    of their own on a disk, or in an object store, that they share; the first one gathers them. Numbers go to
+    ``<workdir>/eval/<task>.json`` and as ``eval/<task>/...`` into ``<workdir>/metrics.json``.
 
     Args:
       task: questions and scorer.
@@ -136,9 +137,11 @@ def evaluate_answers(
                 for records in _answer(task, answerer, decoding, mine, batch, threads):
                     append(stream, [{**record, "asked": marks[record["id"]]} for record in records])
                     bar.update(len(records))
+    mirror.share(workdir, [files.part(process_index, process_count)])
     together.barrier("answers", _DAY)
     if process_index:
         return None
+    mirror.take(workdir, [files.part(index, process_count) for index in range(1, process_count)])
     present, others = files.read(marks)
     if len(present) < len(questions):
         return None

@@ -15,8 +15,7 @@ from tove_jax.eval.tasks.registry import Options, check_names, open_task, parse_
 from tove_jax.language.answer import Answerer
 from tove_jax.language.decode import Decoding
 from tove_jax.parallel import together
-from tove_jax.train.checkpoint import load_settings
-from tove_jax.train.handover import is_run
+from tove_jax.train.checkpoint import is_run, load_settings
 
 OWN = "held_out"
 _ENDS = 2**16

@@ -36,7 +36,8 @@ from tove_jax.experts.run import chosen_experts, extract_all
 from tove_jax.files.atomic import atomic_write_json
 from tove_jax.hf.export import save_start
 from tove_jax.hf.start import start_folder
-from tove_jax.train.checkpoint import FREE_FIELDS, load_student
+from tove_jax.train.checked import FREE_FIELDS
+from tove_jax.train.checkpoint import load_student
 from tove_jax.train.loop import train as train_run
 from tove_jax.train.state import flatten
 

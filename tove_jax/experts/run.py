@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ from tove_jax.experts.base import Expert, ExpertCard, ExpertFeatures
 from tove_jax.experts.extract import extract
 from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.runner import Runner
+from tove_jax.experts.sent import sending
 from tove_jax.experts.shards import claim, writing
 from tove_jax.experts.statistics import fit_phi_s
 from tove_jax.experts.store import FeatureStore
-from tove_jax.files import remote
+from tove_jax.files import mirror, remote
 from tove_jax.hf.start import start_folder
 
 FLIP_SUFFIX = "@flip"
@@ -65,10 +67,17 @@ def store_path(config: Config, workdir: Path | str, name: str, *, flip: bool = F
     A store in an object store is copied first, see `tove_jax.files.remote`; where there is none, neither is the folder.
     """
     folder = name + FLIP_SUFFIX if flip else name
-    if remote.is_remote(config.features.path):
-        return remote.local(f"{config.features.path.rstrip('/')}/{folder}", cache_folder(config.data.cache), True)
-    base = Path(config.features.path) if config.features.path else Path(workdir) / "features"
-    return base / folder
+    if (base := _remote_base(config, workdir)) is not None:
+        return remote.local(f"{base}/{folder}", cache_folder(config.data.cache), True)
+    return (Path(config.features.path) if config.features.path else Path(workdir) / "features") / folder
+
+
+def _remote_base(config: Config, workdir: Path | str) -> str | None:
+    """Returns the folder of the run's stores where it is in an object store, as it is if the run's folder is."""
+    if config.features.path:
+        return config.features.path.rstrip("/") if remote.is_remote(config.features.path) else None
+    bucket = mirror.bucket_of(workdir)
+    return None if bucket is None else f"{bucket.url}/features"
 
 
 def load_options(config: Config, workdir: Path, name: str) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def extract_all(
       source: of the pictures; made from ``config.data`` when None.
       load: of experts, ``load(spec, **options)`` with `load_options`; the registry's when None.
       progress: show progress bars.
-      share: (i, n): only this share of the shards, see `extract`.
+      share: (i, n): only this share of the shards, see `extract`; into an object store always, all when None.
 
     Returns:
       expert's name -> its stores.
@@ -156,10 +165,9 @@ def extract_all(
     Raises:
       InputError: as `extract`; also an unknown expert, or one given twice.
     """
-    if remote.is_remote(config.features.path):
-        raise InputError(
-            f"config.features.path: {config.features.path} can be read but not written: extract into a folder, and copy it"
-        )
+    base = _remote_base(config, workdir)
+    if base is not None and share is None:
+        share = (0, 1)
     chosen = chosen_experts(config, experts)
     chosen_codecs = {name: codecs.codec_of(config.features.codec, name) for name in chosen}
     if load is None:
@@ -182,30 +190,36 @@ def extract_all(
             options = {**options, "dtype": dtype}
         expert = load(spec, **options)
         expert = dataclasses.replace(expert, card=as_viewed(config, expert.card))
-        runs = [(store_path(config, workdir, name), expert.card.view, everything)]
+        runs = [(False, expert.card.view, everything)]
         if config.data.flip and len(sides.train):
-            runs.append((store_path(config, workdir, name, flip=True), expert.card.view.flipped(), sides.train))
+            runs.append((True, expert.card.view.flipped(), sides.train))
         runner, basis = Runner(expert, config.features.batch), None
-        for folder, view, indices in runs:
-            manifest = extract(
-                expert,
-                source,
-                indices,
-                folder,
-                codec=chosen_codecs[name],
-                medium=config.features.medium,
-                shard_records=config.features.shard_records,
-                runner=runner,
-                dtype=dtype,
-                view=view,
-                threads=config.data.threads,
-                progress=progress,
-                share=share,
-                basis=basis,
-                sample=sides.train if len(sides.train) else None,
-            )
+        for flip, view, indices in runs:
+            with contextlib.ExitStack() as stack:
+                if base is None:
+                    folder = store_path(config, workdir, name, flip=flip)
+                else:
+                    url = f"{base}/{name + FLIP_SUFFIX if flip else name}"
+                    folder = stack.enter_context(sending(url, cache_folder(config.data.cache), share or (0, 1)))
+                manifest = extract(
+                    expert,
+                    source,
+                    indices,
+                    folder,
+                    codec=chosen_codecs[name],
+                    medium=config.features.medium,
+                    shard_records=config.features.shard_records,
+                    runner=runner,
+                    dtype=dtype,
+                    view=view,
+                    threads=config.data.threads,
+                    progress=progress,
+                    share=share,
+                    basis=basis,
+                    sample=sides.train if len(sides.train) else None,
+                )
             basis = manifest.basis
-        stores[name] = [folder for folder, _, _ in runs]
+            stores.setdefault(name, []).append(folder)
     return stores
 
 

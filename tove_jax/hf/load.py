@@ -15,6 +15,7 @@ from tove_jax.config import door
 from tove_jax.config.schema import AdapterConfig, StudentConfig, ViewConfig
 from tove_jax.data.view import View
 from tove_jax.errors import InputError
+from tove_jax.files import mirror
 from tove_jax.files.weights import read_arrays
 from tove_jax.hf import clip, encoder_adapters, rules
 from tove_jax.models.position import resize_position
@@ -45,14 +46,14 @@ def locate(folder_or_hub_id: str | Path, file: str | None = None, also: Sequence
     nothing else.
 
     Args:
-      folder_or_hub_id: the folder, or the hub id.
+      folder_or_hub_id: the folder, also of an object store, or the hub id.
       file: fetch this file, and the usual ones only where the hub has none of this name.
       also: patterns of further files to fetch with the usual ones.
 
     Raises:
       InputError: neither a folder nor a hub id, or the hub cannot give it.
     """
-    folder = Path(folder_or_hub_id).expanduser()
+    folder = Path(mirror.located(str(folder_or_hub_id))).expanduser()
     if folder.is_dir():
         return folder
     name = str(folder_or_hub_id)

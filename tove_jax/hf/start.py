@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tove_jax.config.schema import AdapterConfig, Config
+from tove_jax.files import mirror
 from tove_jax.files.atomic import atomic_folder
 from tove_jax.models import vit
 
@@ -29,7 +30,7 @@ def start_folder(config: Config, workdir: Path) -> Path | str:
     if config.student.initialize:
         return config.student.initialize
     folder = Path(workdir) / "start"
-    handed = Path(config.train.start_from) / "start"
+    handed = Path(mirror.located(config.train.start_from)) / "start"
     if not folder.exists() and config.train.start_from and handed.is_dir():
         with atomic_folder(folder) as temporary:
             shutil.copytree(handed, temporary, dirs_exist_ok=True)

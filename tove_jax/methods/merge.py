@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -35,6 +34,7 @@ from tove_jax.config.schema import Config, ToVEConfig
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
 from tove_jax.experts.base import ExpertCard, ExpertFeatures
+from tove_jax.files import mirror
 from tove_jax.methods import hawaii, move_kd, tove
 from tove_jax.methods.move_kd import masked_mean, masked_variance, precise
 from tove_jax.models import vit
@@ -89,7 +89,7 @@ def deployed_experts(config: Config) -> tuple[str, ...]:
 def vocabulary(config: Config, captions: Sequence[str | None]) -> Vocabulary | None:
     """Returns the words of the source's caption head, as its folder keeps them; None without the text loss."""
     del captions
-    return Vocabulary.read(Path(config.method.source)) if config.method.text_weight else None
+    return Vocabulary.read(mirror.reading(config.method.source)) if config.method.text_weight else None
 
 
 def init_extra(config: Config, contracts: dict[str, ExpertCard], student_tokens: int, rng: jax.Array) -> dict[str, Any]:

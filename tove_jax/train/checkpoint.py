@@ -5,12 +5,12 @@ Layout of a run's folder::
     checkpoints/<step>/{trainable,optimizer,data,meta}     the last `train.keep` steps
     frozen/                                                frozen weights, once a run
     nonfinite/<step>/...                                   the state that met a NaN or Inf
+
+A run that lies in an object store has them there, in another layout: `tove_jax.train.stored`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,37 +21,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-import tove_jax
-from tove_jax.config import Config, from_json, to_json
+from tove_jax.config import Config, from_json
 from tove_jax.config.schema import MergeConfig
 from tove_jax.errors import InputError
+from tove_jax.files import mirror
 from tove_jax.methods.merge import fold
 from tove_jax.parallel import together
+from tove_jax.train import checked, stored
 from tove_jax.train.state import TrainState, merge
-
-FORMAT = "tove_jax-checkpoint-1"
-# Fields that may differ between the run that saved and the run that resumes.
-FREE_FIELDS = (
-    "title",
-    "mesh",
-    "eval",
-    "features.path",
-    "data.path",
-    "data.images",
-    "data.annotations",
-    "data.cache",
-    "data.threads",
-    "data.prefetch",
-    "student.initialize",
-    "student.attention",
-    "student.remat",
-    "method.source",
-    "train.start_from",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.replicated_limit_mb",
-)
 
 
 def _abstract(tree: Any) -> Any:
@@ -101,13 +78,6 @@ class Checkpoints:
         Raises:
           InputError: the disk is full or the folder cannot be written.
         """
-        meta = {
-            "format": FORMAT,
-            "version": tove_jax.__version__,
-            "jax": jax.__version__,
-            "config": to_json(self._config),
-            "provenance": self._provenance,
-        }
         optimizer = {"opt_state": state.opt_state, "step": state.step, "bad_step": state.bad_step}
         try:
             self._manager.save(
@@ -116,7 +86,7 @@ class Checkpoints:
                     trainable=ocp.args.StandardSave(state.trainable),
                     optimizer=ocp.args.StandardSave(optimizer),
                     data=ocp.args.JsonSave(data_state),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave(checked.meta(self._config, self._provenance)),
                 ),
                 force=True,
             )
@@ -129,8 +99,7 @@ class Checkpoints:
         A language model that was read from ``language.initialize`` stays there; its hash is in the provenance.
         """
         path = self.path.parent / "frozen"
-        if self._config.language.initialize:
-            frozen = {name: leaf for name, leaf in frozen.items() if not name.startswith("language/model/")}
+        frozen = checked.kept_frozen(self._config, frozen)
         if frozen and not path.exists():
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(path, frozen)
@@ -150,20 +119,10 @@ class Checkpoints:
         """
         where = self.path / str(step)
         meta = _read_meta(self._manager, where, step)
-        _check_settings(from_json(meta["config"], f"{where}/meta"), self._config, where)
-        if ("source" in meta["provenance"]) != ("source" in self._provenance):
-            before, now = ("with" if "source" in told else "without" for told in (meta["provenance"], self._provenance))
-            raise InputError(
-                f"{where}: config.train.start_from: began {before} another run's parameters, this run begins {now}"
-            )
-        for name, value in meta["provenance"].items():
-            if name in self._provenance and self._provenance[name] != value:
-                raise InputError(
-                    f"{where}: was trained with {name} {json.dumps(value)}, this run has "
-                    f"{json.dumps(self._provenance[name])}"
-                )
+        checked.require_resumable(meta, self._config, self._provenance, where)
         optimizer = {"opt_state": like.opt_state, "step": like.step, "bad_step": like.bad_step}
-        _check_shapes(self._manager, where, step, "trainable", like.trainable)
+        saved = _saved_shapes(self._manager, where, step, "trainable")
+        checked.require_shapes({name: leaf.shape for name, leaf in saved.items()}, like.trainable, where / "trainable")
         restored = _restore(
             self._manager,
             where,
@@ -193,11 +152,29 @@ class Checkpoints:
         self._manager.close()
 
 
+def open_checkpoints(
+    workdir: Path, config: Config, provenance: dict[str, Any], name: str = "checkpoints"
+) -> Checkpoints | stored.StoredCheckpoints:
+    """Opens the checkpoints of a run's folder, wherever the folder lies; see `Checkpoints`.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    found = mirror.mirror_of(workdir)
+    if found is not None:
+        return stored.StoredCheckpoints(found, config, provenance, name)
+    return Checkpoints(workdir, config, provenance, name)
+
+
+def is_run(folder: Path | str) -> bool:
+    """Whether a folder is a run's, and not an export's."""
+    bucket = mirror.bucket_of(folder)
+    return (Path(folder) / "checkpoints").is_dir() if bucket is None else mirror.is_run(bucket)
+
+
 def _read_meta(manager: ocp.CheckpointManager, where: Path, step: int) -> dict[str, Any]:
     meta = _restore(manager, where, step, meta=ocp.args.JsonRestore()).meta
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else None
-        raise InputError(f"{where}: not a checkpoint of ours: expected format {FORMAT}, found {found}")
+    checked.require_format(meta, where)
     return meta
 
 
@@ -222,42 +199,6 @@ def _saved_shapes(manager: ocp.CheckpointManager, where: Path, step: int, item: 
         return dict(getattr(tree, "tree", tree))
     except Exception as error:  # As in `_restore`.
         raise InputError(f"{where}/{item}: cannot be read, truncated or damaged: {error}") from error
-
-
-def _check_shapes(manager: ocp.CheckpointManager, where: Path, step: int, item: str, like: dict[str, Any]) -> None:
-    saved = _saved_shapes(manager, where, step, item)
-    missing, extra = sorted(set(like) - set(saved)), sorted(set(saved) - set(like))
-    if missing or extra:
-        raise InputError(f"{where}/{item}: missing {missing[:10]}, unexpected {extra[:10]}")
-    for name, leaf in like.items():
-        if tuple(saved[name].shape) != tuple(leaf.shape):
-            raise InputError(
-                f"{where}/{item}: {name}: expected shape {tuple(leaf.shape)}, found {tuple(saved[name].shape)}"
-            )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for name, value in values.items():
-        result.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return result
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """Returns every setting by its dotted name."""
-    return _flat(dataclasses.asdict(config))
-
-
-def _check_settings(saved: Config, config: Config, where: Path) -> None:
-    old, new = settings_of(saved), settings_of(config)
-    changed = [
-        f"config.{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-        and not any(name == free or name.startswith(free + ".") for free in FREE_FIELDS)
-    ]
-    if changed:
-        raise InputError(f"{where}: cannot resume with other settings (use another --workdir): " + "; ".join(changed))
 
 
 def load_student(workdir: Path, step: int | None = None) -> tuple[Config, dict[str, Any], dict[str, Any]]:
@@ -303,6 +244,8 @@ def _load(
     workdir: Path, step: int | None, wanted: Callable[[str], bool], device: jax.Device | None = None
 ) -> tuple[Config, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Returns settings, the trainable and the frozen leaves that are wanted, and the provenance with ``step``."""
+    if (bucket := mirror.bucket_of(workdir)) is not None:
+        return stored.load(bucket, step, wanted, device or jax.local_devices()[0])
     with _opened(workdir, step) as (manager, where, step):
         config, provenance = _read_settings(manager, where, step)
     frozen = where.parents[1] / "frozen"
@@ -358,6 +301,8 @@ def load_settings(workdir: Path, step: int | None = None) -> tuple[Config, dict[
     Raises:
       InputError: no checkpoint there, or an unreadable one.
     """
+    if (bucket := mirror.bucket_of(workdir)) is not None:
+        return stored.load_settings(bucket, step)
     with _opened(workdir, step) as (manager, where, step):
         return _read_settings(manager, where, step)
 

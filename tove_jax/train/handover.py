@@ -13,10 +13,11 @@ import numpy as np
 from tove_jax.config.schema import Config, MergeConfig, StudentConfig
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
+from tove_jax.files import mirror
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.load import import_encoder_adapters, import_student, with_image_size
 from tove_jax.hf.rules import match_shapes
-from tove_jax.train.checkpoint import load_language, load_settings, load_student, require_finished
+from tove_jax.train.checkpoint import is_run, load_language, load_settings, load_student, require_finished
 from tove_jax.train.state import Flat, flatten, unflatten
 
 _FIELD = "config.train.start_from"
@@ -44,11 +45,6 @@ class _Source(NamedTuple):
     student: StudentConfig
     provenance: dict[str, Any]
     config: Config | None  # None for an export
-
-
-def is_run(folder: Path | str) -> bool:
-    """Whether a folder is a run's, and not an export's."""
-    return (Path(folder) / "checkpoints").is_dir()
 
 
 def read_handover(config: Config, fresh: Mapping[str, Any], start_hash: str) -> Handover:
@@ -110,16 +106,18 @@ def handed_vocabulary(config: Config) -> Vocabulary | None:
     Raises:
       InputError: the run's words are gone, or not those it was trained with.
     """
-    if not config.train.start_from or not is_run(config.train.start_from):
+    folder = mirror.located(config.train.start_from)
+    if not folder or not is_run(folder):
         return None
-    expected = load_settings(Path(config.train.start_from))[1].get("vocabulary")
-    return None if expected is None else Vocabulary.read(config.train.start_from, expected)
+    expected = load_settings(Path(folder))[1].get("vocabulary")
+    return None if expected is None else Vocabulary.read(folder, expected)
 
 
 def source_run(config: Config) -> tuple[Path, int | None] | None:
     """Returns the run that this one goes on from or merges, and its step; None where there is none, or an export."""
     merges = isinstance(config.method, MergeConfig)
     folder, step = (config.method.source, config.method.source_step) if merges else (config.train.start_from, 0)
+    folder = mirror.located(folder)
     return (Path(folder), step or None) if folder and is_run(folder) else None
 
 
@@ -151,7 +149,7 @@ def handed_language(config: Config, origins: Mapping[str, str]) -> Flat:
 
 
 def _read(config: Config) -> _Source:
-    folder = config.train.start_from
+    folder = mirror.located(config.train.start_from)
     if is_run(folder):
         stored, params, provenance = load_student(Path(folder))
         require_finished(stored, provenance["step"], Path(folder))

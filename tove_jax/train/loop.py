@@ -37,11 +37,13 @@ from tove_jax.experts.manifest import Manifest
 from tove_jax.experts.online import Online, load_online
 from tove_jax.experts.run import expert_cards, open_stores, store_path
 from tove_jax.experts.store import FeatureStore
+from tove_jax.files import mirror
 from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.start import start_folder
 from tove_jax.parallel import check_replication, run_mesh, shard_batch, together
 from tove_jax.parallel.sharding import batch_share
-from tove_jax.train.checkpoint import Checkpoints, settings_of
+from tove_jax.train.checked import settings_of
+from tove_jax.train.checkpoint import Checkpoints, open_checkpoints
 from tove_jax.train.handover import handed_language, handed_vocabulary
 from tove_jax.train.initial import initial_parameters, initial_state
 from tove_jax.train.language import LanguageSide, initial_language, open_language
@@ -50,6 +52,7 @@ from tove_jax.train.objective import count, training_step
 from tove_jax.train.optimizer import make_optimizer
 from tove_jax.train.state import TrainState
 from tove_jax.train.step import jit_step
+from tove_jax.train.stored import StoredCheckpoints
 
 
 def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequence[jax.Device] | None = None) -> int:
@@ -92,7 +95,8 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
     side = open_language(config, workdir, source, sides, progress=progress)
     loader = _make_loader(config, source, sides, words, side, stores, flipped, online.views, batch_share(mesh))
     together.agree(_facts(config, source, manifests))
-    together.require_common(workdir)
+    if mirror.mirror_of(workdir) is None:
+        together.require_common(workdir)
     params, origins = initial_parameters(config, workdir, expert_cards(config, workdir))
     with jax.set_mesh(mesh):
         if side is not None:
@@ -109,7 +113,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
         experts = online.on(mesh)
         check_replication(experts, mesh, config.train.replicated_limit_mb)
         del params
-        checkpoints = Checkpoints(workdir, config, provenance)
+        checkpoints = open_checkpoints(workdir, config, provenance)
         latest = checkpoints.latest()
         batches = iter(loader)
         if latest is not None:
@@ -250,7 +254,7 @@ class _Run:
         mesh: Any,
         batches: Any,
         source: PictureSource,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | StoredCheckpoints,
         provenance: dict[str, Any],
         progress: bool,
     ) -> None:
@@ -354,14 +358,14 @@ class _Run:
             places = dict.fromkeys(rows.tolist())
             dialogues = dialogues_of(self.source) if what == "conversations" else ()
             named[what] = [dialogues[row].id if dialogues else self.source.ids[row] for row in places]
-        kept = Checkpoints(self.workdir, self.config, self.provenance, name="nonfinite")
+        kept = open_checkpoints(self.workdir, self.config, self.provenance, name="nonfinite")
         kept.save(bad, state, named)
         kept.close()
         raise NonFiniteError(
             f"step {bad}: loss {float(metrics['loss/total'])}, gradient norm "
             f"{float(metrics['optim/gradient_norm'])}; "
             + "".join(f"{what} of its batch: {', '.join(ids)}; " for what, ids in sorted(named.items(), reverse=True))
-            + f"the state that met it is in {kept.path / str(bad)}"
+            + f"the state that met it is in {kept.path}/{bad}"
         )
 
     def _summarise(self, first: float | None, last: float | None, rates: list[tuple[float, float]]) -> None:

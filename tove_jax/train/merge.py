@@ -12,6 +12,7 @@ from tove_jax.config.derive import merged
 from tove_jax.config.schema import Config, MergeConfig, ToVEConfig
 from tove_jax.data.vocabulary import Vocabulary
 from tove_jax.errors import InputError
+from tove_jax.files import mirror
 from tove_jax.files.weights import hash_arrays
 from tove_jax.train.checkpoint import load_settings, load_student, require_finished
 from tove_jax.train.state import flatten
@@ -27,23 +28,24 @@ def merge_settings(run: Path | str, step: int | None = None) -> Config:
     rate (`tove_jax.config.derive.MERGE_GROUPS`), and a ToVE run's text loss stays.
 
     Args:
-      run: the run's folder.
+      run: the run's folder, also of an object store.
       step: a saved step of it; None: its last.
 
     Raises:
       InputError: no checkpoint there, an unfinished run, or one that is itself merged.
     """
-    run = Path(run)
+    named = str(run).rstrip("/")
+    run = mirror.reading(run)
     stored, provenance = load_settings(run, step)
     require_finished(stored, provenance["step"], run, step)
     if isinstance(stored.method, MergeConfig):
         raise InputError(f"{run}: expected a run with experts or adapters to merge, found one that is merged already")
-    settings, features = merged(stored, source=str(run), step=step or 0), stored.features
+    settings, features = merged(stored, source=named, step=step or 0), stored.features
     return dataclasses.replace(
         settings,
         title=f"{stored.title or run.name}_merged",
-        student=dataclasses.replace(settings.student, initialize=settings.student.initialize or str(run / "start")),
-        features=dataclasses.replace(features, path=features.path or str(run / "features")),
+        student=dataclasses.replace(settings.student, initialize=settings.student.initialize or f"{named}/start"),
+        features=dataclasses.replace(features, path=features.path or f"{named}/features"),
     )
 
 
@@ -64,7 +66,7 @@ def read_source(config: Config, start_hash: str) -> tuple[dict[str, Any], dict[s
     method = config.method
     if not method.source:
         raise InputError("config.method.source: expected the folder of a finished run; `tove merge RUN` fills it in")
-    run = Path(method.source)
+    run = mirror.reading(method.source)
     stored, params, provenance = load_student(run, method.source_step or None)
     require_finished(stored, provenance["step"], run, method.source_step)
     _require_same(config, stored, run)
