@@ -24,6 +24,7 @@ def test_sides_take_turns_and_ratios_are_of_turns():
     assert found[0].rate == 5.0 and found[0].facts == {"tflops": 2.0}
     # What the processors did is told beside, where it was counted.
     turns = {"a": [Turn(1.0, 0.5)], "b": [Turn(9.0, 1.0)]}
+    assert json.loads(json.dumps(run.as_json(rows("case", turns, 10, "images")[1])))["ratio"] == 9.0
     assert [row.facts for row in rows("case", turns, 10, "images")] == [
         {"cpu_s": 0.5, "cpu_ratio": 1.0},
         {"cpu_s": 1.0, "cpu_ratio": 2.0},

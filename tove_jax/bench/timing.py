@@ -35,6 +35,7 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Returns the spread of some values, at least one."""
+        values = [float(value) for value in values]
         if len(values) < 4:
             return cls(statistics.median(values), min(values), max(values), len(values))
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
