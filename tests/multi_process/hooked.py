@@ -1,8 +1,8 @@
 """`tove` with a hook on the training loop: writes which records each batch had, and may be slow.
 
 RECORDS: a folder, into which process I writes ``I-of-N.jsonl``, a line for each batch. SLOW: ``I:seconds`` a batch.
-LATE: ``I:seconds`` before the first batch. HOLD: ``I:batch:path``, where process I waits for a file to be there.
-DIFFER_I: a further argument of process I.
+LATE: ``I:seconds`` before the first batch. HOLD: ``I:batch``, before which process I waits for RELEASE, a file; once it
+is there nobody is slow either. DIFFER_I: further arguments of process I.
 """
 
 import json
@@ -19,7 +19,8 @@ def hook():
     me, count = os.environ.get("JAX_PROCESS_ID", "0"), os.environ.get("JAX_NUM_PROCESSES", "1")
     slow, _, seconds = os.environ.get("SLOW", "").partition(":")
     late, _, delay = os.environ.get("LATE", "").partition(":")
-    held, number, signal = (os.environ.get("HOLD") or "::").split(":")
+    held, _, number = os.environ.get("HOLD", "").partition(":")
+    release = Path(os.environ.get("RELEASE", "never"))
     fetched = 0
     path = Path(os.environ["RECORDS"]) / f"{me}-of-{count}.jsonl" if os.environ.get("RECORDS") else None
     if path:
@@ -28,11 +29,11 @@ def hook():
     def hooked(self):
         nonlocal fetched
         fetched += 1
-        if slow == me:
+        if slow == me and not release.exists():
             time.sleep(float(seconds))
         if late == me and fetched == 1:
             time.sleep(float(delay))
-        while held == me and fetched == int(number) and not Path(signal).exists():
+        while held == me and fetched == int(number) and not release.exists():
             time.sleep(0.05)
         found = fetch(self)
         if path:
@@ -49,5 +50,5 @@ if __name__ == "__main__":
     if any(os.environ.get(name) for name in ("RECORDS", "SLOW", "LATE", "HOLD")):
         hook()
     if differ := os.environ.get(f"DIFFER_{os.environ.get('JAX_PROCESS_ID')}"):
-        sys.argv.append(differ)
+        sys.argv += differ.split()
     sys.exit(main())

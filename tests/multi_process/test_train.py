@@ -57,7 +57,7 @@ def test_two_then_four_then_one(launch, workdir, single, tmp_path):
 def test_one_is_killed_and_all_start_again(launch, workdir, single, tmp_path):
     """Process 0 stands before batch 4, and the checkpoint of step 2 is whole, when process 1 is killed."""
     # The launcher would not end the other one before the test is given up.
-    env = {"HOLD": f"0:4:{tmp_path / 'go'}", "TOVE_GRACE_SECONDS": "600"}
+    env = {"HOLD": "0:4", "RELEASE": str(tmp_path / "go"), "TOVE_GRACE_SECONDS": "600"}
     run = launch(2, "train", workdir, "--quiet", restarts=1, **env)
     run.until((workdir / "checkpoints" / "2").exists)
     left = run.pid(0)
@@ -80,17 +80,22 @@ def test_one_that_comes_late_is_waited_for(launch, workdir, single):
     assert_losses(workdir, single)
 
 
-def test_a_sigterm_stops_all_after_the_same_step(launch, workdir, single):
-    many = ["--config.train.checkpoint_every=100", "--config.train.steps=100"]
-    run = launch(2, "train", workdir, "--quiet", *many, SLOW="1:0.3")
+def test_a_sigterm_stops_all_after_the_same_step(launch, workdir, single, tmp_path):
+    """One of them gets it; both save the same step and end, and the launcher's next start goes on from there."""
+    many = ["--config.train.checkpoint_every=100", "--config.train.steps=40"]
+    env = {"SLOW": "1:0.3", "RELEASE": str(tmp_path / "go")}
+    run = launch(2, "train", workdir, "--quiet", *many, restarts=1, **env)
     run.until(lambda: len(losses(workdir)) >= 6)
-    os.kill(run.pid(1), signal.SIGTERM)  # one of them alone
+    os.kill(run.pid(1), signal.SIGTERM)
+    run.until(lambda: saved(workdir), seconds=BOUND)
+    (tmp_path / "go").touch()
     status, _, err = run.wait()
-    assert status == 143, err
-    (step,) = saved(workdir)
-    assert f"SIGTERM: saved step {step}, stopped" in err
+    assert status == 0, err
+    (step,) = saved(workdir) - {40}
+    assert f"SIGTERM: saved step {step}, stopped" in err and f"resumed at step {step}" in err, err
+    assert "a process ended with status 143" in err and err.count("starting again") == 1, err
     found = losses(workdir)
-    assert list(found) == list(range(1, step + 1))
+    assert list(found) == list(range(1, 41))
     np.testing.assert_allclose([found[number] for number in range(1, 7)], list(losses(single).values()), **TOLERANCE)
 
 
@@ -98,11 +103,19 @@ def saved(workdir):
     return {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
 
 
-def test_processes_that_disagree_do_not_begin(launch, workdir):
-    status, _, err = launch(2, "train", workdir, "--quiet", DIFFER_1="--config.optim.lr=0.5").wait()
+def test_processes_that_disagree_do_not_begin(launch, workdir, prepared, tmp_path):
+    shutil.copytree(prepared / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures/label0/00.png").unlink()
+    differ = f"--config.optim.lr=0.5 --config.data.path={tmp_path / 'pictures'}"
+    status, _, err = launch(2, "train", workdir, "--quiet", DIFFER_1=differ).wait()
     assert status == 2
-    said = "the processes do not agree: config.optim.lr: process 1 has 0.5, process 0 has 0.002"
-    assert f"process 0: {said}" in err and f"process 1: {said}" in err
+    for number in range(2):
+        said = (
+            f"process {number}: the processes do not agree: config.optim.lr: process 1 has 0.5, process 0 has 0.002; "
+        )
+        assert re.search(said + r"data: process 1 has 23 pictures, ids \w+, process 0 has 24 pictures, ids \w+", err), (
+            err
+        )
     assert not (workdir / "metrics.jsonl").exists()
 
 
