@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 from tove_jax.cli.stored import of_run
 from tove_jax.config.schema import Config
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates and prints a table."""
+    from tove_jax.data.cache import cache_folder
     from tove_jax.errors import InputError
     from tove_jax.eval.run import evaluate_run, evaluate_runs
     from tove_jax.eval.runner import table
@@ -69,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.step is not None:
         raise InputError("--step: expected no step beside --seeds, which takes each run's newest")
-    summary = evaluate_runs(args.config, [args.workdir, *map(mirror.reading, args.seeds)])
+    with contextlib.ExitStack() as stack:
+        cache = cache_folder(args.config.data.cache)
+        seeds = [stack.enter_context(mirror.opened(run, cache, send=together.is_first())) for run in args.seeds]
+        summary = evaluate_runs(args.config, [args.workdir, *seeds])
     if not together.is_first():
         return 0
     print(f"{summary['eval/seeds/count']} runs, mean and standard deviation:")

@@ -15,6 +15,7 @@ from tove_jax.errors import InputError
 from tove_jax.eval import bootstrap, merge, predictors, runner
 from tove_jax.eval.metrics_file import is_of_features, replace_metrics
 from tove_jax.experts.computed import open_or_compute
+from tove_jax.files import mirror
 from tove_jax.files.atomic import atomic_write_json
 from tove_jax.parallel import together
 from tove_jax.train.checkpoint import load_student
@@ -152,7 +153,7 @@ def evaluate_run(
         "truth": [number[label] for label in found.truth],
         **answers,
     }
-    if together.is_first():
+    if together.is_first() or mirror.mirror_of(workdir) is not None:  # a mirror is this process's own
         atomic_write_json(workdir / "eval" / "predictions.json", record, indent=None)
         write_metrics(workdir, metrics)
     together.barrier("evaluated")  # the others may read what is written
