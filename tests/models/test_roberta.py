@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import AS_USERS
 from tests.roberta_models import CONFIG, PICTURES, PICTURES_MASK, VOCABULARY, build, reference
 from tove_jax.config.schema import OptimConfig
 from tove_jax.errors import InputError
@@ -56,7 +57,9 @@ def test_equal_to_transformers(model, goldens):
         logits, _ = module.apply({"params": params}, TOKENS, mask=LEFT, pictures=SEEN, pictures_mask=SEEN_MASK)
         return (logits * WEIGHTS).sum(), logits
 
-    (_, logits), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    # With weights this large, programs that are compiled in other ways differ by 6e-5.
+    step = jax.jit(jax.value_and_grad(objective, has_aux=True), compiler_options=AS_USERS)
+    (_, logits), grads = step(params)
     grads = to_arrays(jax.tree.map(np.asarray, grads), hf.table())
     kept = np.load(goldens / "language" / "roberta.npz")
     # jax 0.12 rounds otherwise than 0.10, whose distance is below 5e-5: 7.5e-5 at most.

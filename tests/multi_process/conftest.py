@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import xla_flags
 from tests.train.conftest import ROOT, overrides, prepared  # noqa: F401  a fixture
 from tove_jax.train.metrics import read_rows
 
@@ -20,8 +21,6 @@ SETTINGS = [
     "--config.student.adapter.dropout=0.0", "--config.optim.eps=1e-5", "--config.train.keep=9",
     "--config.optim.schedule=constant", "--config.optim.warmup=0.0",
 ]  # fmt: skip
-# Compiling is most of what these runs do.
-FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
 HOOKED = [sys.executable, str(Path(__file__).parent / "hooked.py")]
 
 
@@ -41,7 +40,7 @@ class Launch:
         launcher = [str(ROOT / "launch/local.sh"), f"--restarts={restarts}", str(count)]
         environment = {
             **os.environ,
-            "XLA_FLAGS": FLAGS + env.pop("DEVICES", "1"),
+            "XLA_FLAGS": xla_flags(env.pop("DEVICES", 1)),
             "PYTHONPATH": str(ROOT),
             **env,
         }
@@ -99,7 +98,12 @@ def single(prepared, tmp_path_factory):  # noqa: F811
     workdir = tmp_path_factory.mktemp("single")
     shutil.copytree(prepared / "start", workdir / "start")
     (workdir / "records").mkdir()
-    environment = {**os.environ, "XLA_FLAGS": FLAGS + "1", "RECORDS": str(workdir / "records"), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": xla_flags(1),
+        "RECORDS": str(workdir / "records"),
+        "PYTHONPATH": str(ROOT),
+    }
     config = [f"--config={ROOT}/configs/demo.py:smoke", *overrides(prepared, *SETTINGS)]
     command = [*HOOKED, "train", f"--workdir={workdir}", "--quiet", *config]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

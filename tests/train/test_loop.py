@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import xla_flags
 from tests.train.conftest import ROOT, overrides
 from tove_jax.config import from_file
 from tove_jax.errors import InputError, NonFiniteError
@@ -83,7 +84,7 @@ def until_step(process, workdir, step):
 
 
 def test_killed_and_resumed_equals_unbroken_to_the_bit(unbroken, run_folder, prepared, configure):
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
     process = subprocess.Popen(command(run_folder, prepared), stderr=subprocess.PIPE, text=True, env=env)
     until_step(process, run_folder, 3)
     process.kill()
