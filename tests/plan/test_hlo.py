@@ -67,6 +67,34 @@ def test_slices_of_a_stacked_array_count_as_slices():
     assert whole <= moved < 4 * whole  # not 64 times
 
 
+ASYNCHRONOUS = """HloModule moves, is_scheduled=true
+
+ENTRY %main (stack: bf16[23,64,4096], row: bf16[8,128]) -> bf16[6,64,4096] {
+  %stack = bf16[23,64,4096]{2,1,0} parameter(0)
+  %row = bf16[8,128]{1,0} parameter(1)
+  %copy-start = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}, u32[]{:S(2)}) copy-start(%row)
+  %copy-done = bf16[8,128]{1,0:S(1)} copy-done(%copy-start)
+  %slice-start = ((bf16[23,64,4096]{2,1,0}), bf16[6,64,4096]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%stack), slice={[6:12], [0:64], [0:4096]}
+  %slice-done = bf16[6,64,4096]{2,1,0:S(1)} slice-done(%slice-start)
+  %collective-permute-start = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%row), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %collective-permute-done = bf16[8,128]{1,0} collective-permute-done(%collective-permute-start)
+  ROOT %slice = bf16[6,64,4096]{2,1,0} slice(%stack), slice={[0:6], [0:64], [0:4096]}
+}
+"""
+
+
+def test_what_only_starts_moves_its_result_once():
+    program = Program(ASYNCHRONOUS)
+    moved = {one.name: program.bytes(where, one) for where, _ in program.runs() for one in where.instructions}
+    row, part = 8 * 128 * 2, 6 * 64 * 4096 * 2
+    assert {name: size for name, size in moved.items() if size} == {
+        "copy-start": row,  # into fast memory, which takes no bandwidth of the main one
+        "slice-start": part,
+        "collective-permute-start": 2 * row,
+        "slice": 2 * part,
+    }
+
+
 @pytest.mark.parametrize("name", ["one_slice", "two_slices"])
 def test_programs_for_tpus(name):
     program = Program((GOLDENS / f"v5e_2x2_{name}.hlo").read_text())

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tove_jax.errors import InputError
@@ -238,7 +238,7 @@ class Program:
 
         Of an array that it only cuts a slice from, or writes a slice into, the slice counts.
         """
-        if one.opcode in _FREE or _ALLOCATES in one.rest:
+        if one.opcode in _FREE or one.opcode.endswith("-done") or _ALLOCATES in one.rest:
             return 0.0
         shapes = [where.by_name[operand].shapes for operand in one.operands if operand in where.by_name]
         if one.opcode == "fusion" and (called := one.attribute("calls")) in self.computations:
@@ -247,9 +247,10 @@ class Program:
             return read + self._written(inner, one.shapes)
         if one.opcode == "dynamic-update-slice":
             return 2 * sum(shape.bytes for shape in shapes[1] if not shape.near)
-        written = sum(shape.bytes for shape in one.shapes if not shape.near)
-        if one.opcode in _SLICES:
-            return written + min(written, sum(shape.bytes for shape in shapes[0] if not shape.near))
+        results = _results(one, [shape for parts in shapes for shape in parts])
+        written = sum(shape.bytes for shape in results if not shape.near)
+        if one.opcode.removesuffix("-start") in _SLICES:
+            return written + (0.0 if _near(shapes, 0) else results[0].bytes)
         return written + sum(shape.bytes for parts in shapes for shape in parts if not shape.near)
 
     def _read(self, inner: Computation, number: int, depth: int = 0) -> float:
@@ -285,6 +286,17 @@ class Program:
             update = inner.by_name.get(root.operands[1]) if root.opcode == "dynamic-update-slice" else None
             total += shape.bytes if update is None else min(shape.bytes, update.bytes)
         return total
+
+
+def _results(one: Instruction, operands: Sequence[Shape]) -> tuple[Shape, ...]:
+    """Returns what an instruction makes; the tuple of one that only starts names what it reads besides."""
+    if one.opcode == "copy-start":
+        return one.shapes[:1]
+    if not one.opcode.endswith("-start"):
+        return one.shapes
+    count = len(operands)
+    same = [shape[:2] for shape in one.shapes[:count]] == [shape[:2] for shape in operands]
+    return one.shapes[count:] if same else one.shapes
 
 
 def _near(shapes: list[tuple[Shape, ...]], number: int) -> bool:
