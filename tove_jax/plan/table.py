@@ -74,7 +74,6 @@ _PLACES = (
 TABLES: dict[str, tuple[Row, ...]] = {
     "growing": (
         *_growing("stage 1, features alone", f"{_MOVE_KD}:language=none", 4, None, 16),
-        Row("the same, all by fsdp", f"{_MOVE_KD}:language=none", "v5e-256", 1, 4, None, 256),
         *_growing("stage 1, 7B", _MOVE_KD, 4, _CAPTIONS, 16),
         *_growing("stage 2, 7B", f"{_MOVE_KD}:stage=2", 1, None, 64),
         *_growing("stage 1, 13B", f"{_MOVE_KD}:language=13b", 4, _CAPTIONS, 16),
