@@ -76,8 +76,13 @@ def initial_parameters(
         return jax.device_get(merge.initial(config, source, plain, adapter_key)), {**behind, **origins}
     student = make_student(config)
     size = config.student.image_size
-    fresh = jax.jit(student.init)(adapter_key, jnp.zeros((1, size, size, 3)))["params"]
-    merged = unflatten({**flatten(jax.device_get(fresh)), **start})
+
+    def draw(key: jax.Array) -> Any:
+        # The tower's own weights are the start's: drawing them too would take as long as all the rest.
+        fresh = flatten(student.init(key, jnp.zeros((1, size, size, 3)))["params"])
+        return {path: leaf for path, leaf in fresh.items() if path not in start}
+
+    merged = unflatten({**jax.device_get(jax.jit(draw)(adapter_key)), **start})
     extra = methods.get(config.method.name).init_extra(config, cards, student.grid**2, method_key)
     params = {"student": merged, "method": jax.device_get(extra)}
     if not config.train.start_from:
