@@ -1,14 +1,19 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tove_jax.config import from_file
 from tove_jax.config.schema import MeshConfig
 from tove_jax.errors import InputError
 from tove_jax.models import attention as attentions
 from tove_jax.models import short_rows
-from tove_jax.models.tpu_attention import block_of, suits, tpu_attention
+from tove_jax.models import tpu_attention as kernels
+from tove_jax.models.tpu_attention import block_of, check_kernel, suits, tpu_attention
 from tove_jax.parallel import make_mesh
+from tove_jax.train import objective
 
 
 def drawn(batch, length, heads, key_heads, width):
@@ -42,6 +47,18 @@ def test_equals_attention_written_out(shape, causal):
         *(with_gradients(run, query, key, value, weight) for run in (kernel, plain)), strict=True
     ):
         np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("shape", "causal"), [((9, 2, 2, 64), False), ((20, 2, 1, 16), True)])
+def test_a_kernel_that_goes_wrong_is_refused_at_the_start(shape, causal, monkeypatch):
+    check = lambda: check_kernel(*shape, jnp.bfloat16, causal=causal, interpret=True)
+    assert 1e-4 < check() < 0.02
+    kernel = kernels.tpu_attention
+    # One key of a row is forgotten.
+    wrong = lambda q, k, v, **more: kernel(q, k.at[:, 3].set(0), v, **more)
+    monkeypatch.setattr(kernels, "tpu_attention", wrong)
+    with pytest.raises(InputError, match=rf"kernel for rows of {shape[0]} tokens.*student.attention"):
+        check()
 
 
 def test_padding_behind_a_whole_row_is_not_seen():
@@ -83,3 +100,16 @@ def test_what_does_not_suit_the_kernels_is_xlas(monkeypatch):
 
 def test_blocks_cover_the_row():
     assert [block_of(length) for length in (5, 577, 768, 2048)] == [(128, 128), (640, 640), (384, 768), (512, 2048)]
+
+
+def test_a_run_checks_the_shapes_that_it_will_compute(monkeypatch):
+    checked = []
+    config = from_file(str(Path(__file__).parents[2] / "configs/move_kd_vit_l.py"), [])
+    monkeypatch.setattr(objective, "check_kernel", lambda *shape, **more: checked.append((*shape, more)))
+    objective.check_attention(config)
+    assert not checked  # no TPU here
+    monkeypatch.setattr(objective, "platform", lambda: "tpu")
+    monkeypatch.setattr(attentions, "platform", lambda: "tpu")
+    objective.check_attention(config)
+    assert [shape[:4] for shape in checked] == [(577, 16, 16, 64), (2048, 32, 32, 128)]
+    assert checked[1][-1] == {"causal": True}

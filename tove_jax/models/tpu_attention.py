@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tove_jax.errors import InputError
 from tove_jax.models import short_rows
 from tove_jax.parallel.mesh import ACTIVATION_RULES, BATCH_AXES, partition_spec
 
 LANES = 128  # Splash's blocks are multiples of a vector register's width.
 WHOLE = 640  # Up to so many tokens are one block of splash.
 RESIDUALS = "splash"  # Name of what splash's backward pass needs, for policies of `jax.checkpoint`.
+TOLERANCE = 0.03  # Some eight roundings of bfloat16.
 BLOCK = 512  # Longer rows are cut into blocks of at most so many.
 
 
@@ -87,6 +89,57 @@ def tpu_attention(
     if partition_spec(axes, key.shape, mesh, ACTIVATION_RULES) != spec:
         spec = PartitionSpec(spec[0])
     return jax.shard_map(attend, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(query, key, value)
+
+
+def check_kernel(
+    length: int, heads: int, key_heads: int, width: int, dtype: Any, *, causal: bool = False, interpret: bool = False
+) -> float:
+    """Compares a kernel, and its gradients, with attention written out in float32, on this device and drawn arrays.
+
+    Compilers and chips change; a kernel that goes wrong would train on wrong numbers for days. It takes seconds.
+
+    Args:
+      length: tokens of a row.
+      heads: of queries.
+      key_heads: of keys and values.
+      width: of a head.
+      dtype: of query, key and value.
+      causal: queries see no later key.
+      interpret: run the kernel as plain operations, on any device.
+
+    Returns:
+      The largest deviation, as a share of the largest entry.
+
+    Raises:
+      InputError: it is more than `TOLERANCE`; names the shape and the setting that leaves the kernel out.
+    """
+    shapes = [(1, length, count, width) for count in (heads, key_heads, key_heads, heads)]
+    drawn = [
+        jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 4), shapes, strict=True)
+    ]
+    *arrays, weight = (x.astype(dtype) for x in drawn)
+
+    def judged(attend: Any, arrays: list[jax.Array]) -> tuple[jax.Array, ...]:
+        def loss(*given: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attend(*given).astype(jnp.float32)
+            return (out * weight).sum(), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+        return out, *gradients
+
+    found = judged(lambda *given: tpu_attention(*given, causal=causal, interpret=interpret), arrays)
+    with jax.default_matmul_precision("highest"):
+        whole = [x.astype(jnp.float32) for x in arrays]
+        expected = judged(lambda *given: jax.nn.dot_product_attention(*given, is_causal=causal), whole)
+    deviations = [jnp.abs(f - e).max() / jnp.abs(e).max() for f, e in zip(found, expected, strict=True)]
+    worst = float(jnp.stack(deviations).max())
+    if not worst <= TOLERANCE:
+        raise InputError(
+            f"attention 'pallas': on this {jax.local_devices()[0].device_kind} the kernel for rows of {length} tokens, "
+            f"{heads} heads of {width}, is {worst:.1%} of the largest entry away from attention written out (expected at "
+            f"most {TOLERANCE:.0%}); set config.student.attention and config.language.attention to 'xla'"
+        )
+    return worst
 
 
 def _automatic(mesh: Any) -> bool:

@@ -48,7 +48,7 @@ from tove_jax.train.handover import handed_language, handed_vocabulary
 from tove_jax.train.initial import initial_parameters, initial_state
 from tove_jax.train.language import LanguageSide, initial_language, open_language
 from tove_jax.train.metrics import MetricWriter, progress_bar, update_summary
-from tove_jax.train.objective import count, training_step
+from tove_jax.train.objective import check_attention, count, training_step
 from tove_jax.train.optimizer import make_optimizer
 from tove_jax.train.state import TrainState
 from tove_jax.train.step import jit_step
@@ -97,6 +97,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
     together.agree(_facts(config, source, manifests))
     if mirror.mirror_of(workdir) is None:
         together.require_common(workdir)
+    check_attention(config)
     params, origins = initial_parameters(config, workdir, expert_cards(config, workdir))
     with jax.set_mesh(mesh):
         if side is not None:

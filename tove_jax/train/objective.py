@@ -24,6 +24,8 @@ from tove_jax.language.loss import next_tokens
 from tove_jax.language.model import LanguageModel, text_loss
 from tove_jax.language.model import logical_axes as language_axes
 from tove_jax.models import vit
+from tove_jax.models.attention import choose, platform
+from tove_jax.models.tpu_attention import check_kernel
 from tove_jax.train.state import TrainState
 from tove_jax.train.step import Batch, Loss, make_step
 
@@ -33,6 +35,24 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def make_student(config: Config) -> vit.VisionTransformer:
     """Returns the student with its adapters, computing in ``train.dtype``."""
     return vit.from_config(config.student, dtype=DTYPES[config.train.dtype])
+
+
+def check_attention(config: Config) -> None:
+    """Checks the attention kernels of the student and of a text decoder on a TPU; see `check_kernel`.
+
+    Raises:
+      InputError: one of them is wrong on this chip.
+    """
+    if platform() != "tpu":
+        return
+    dtype, student, language = DTYPES[config.train.dtype], config.student, config.language
+    width = student.width // student.heads
+    if choose(student.attention, dtype, width) == "pallas":
+        tokens = (student.image_size // student.patch_size) ** 2 + 1
+        check_kernel(tokens, student.heads, student.heads, width, dtype)
+    width = language.width // language.heads
+    if language.kind == "llava" and choose(language.attention, dtype, width) == "pallas":
+        check_kernel(config.text.limit, language.heads, language.kv_heads, width, dtype, causal=True)
 
 
 def make_loss(config: Config, manifests: Mapping[str, Manifest], language: LanguageModel | None = None) -> Loss:
