@@ -17,7 +17,7 @@ from tove_jax.plan.hlo import Computation, Instruction, Program
 # First match over "direction|opcode|source" wins.
 _GROUPS: tuple[tuple[str, str], ...] = (
     ("kept for the backward pass", r".*(dynamic_update_index_in_dim|dynamic_index_in_dim)"),
-    ("copies and layout", r"\w+\|(copy|copy-start|transpose|reshape)\|"),
+    ("copies and layout", r"\w+\|(copy|copy-start|slice-start|transpose|reshape|pad)\|"),
     ("language model", r".*\blanguage\b(?!.*projector)"),
     ("losses and targets", r".*\bmethod\b"),
     ("features and experts", r".*\b(features|experts)\b"),
@@ -93,7 +93,7 @@ def profile(program: Program, chip: Chip, largest: int = 20) -> Profile:
             sums = groups.setdefault((group_of(one, source), direction), [0.0] * 4)
             for place, value in enumerate((times, seconds, line.flops, line.bytes)):
                 sums[place] += value
-    found = [Line(name, direction, *sums) for (name, direction), sums in groups.items()]
+    found = [Line(name, direction, a, b, c, d) for (name, direction), (a, b, c, d) in groups.items()]
     return Profile(tuple(_longest_first(found)), tuple(_longest_first(lines)[:largest]))
 
 
