@@ -15,7 +15,7 @@ from tove_jax.parallel import make_mesh
 from tove_jax.plan import compile as compiling
 from tove_jax.plan.abstract import abstract_run, on_mesh, tree_bytes
 from tove_jax.plan.chips import parse
-from tove_jax.plan.compile import Compiled, Memory, compiled_here
+from tove_jax.plan.compile import Compiled, Memory, compiled_here, needed_memory
 from tove_jax.plan.report import figures, text, trials_text
 from tove_jax.plan.search import changed, changes, mend, meshes, search, sizes
 
@@ -121,6 +121,17 @@ def made_up(needed, rate=lambda config: 1.0):
         return Compiled(memory, memory.total, roofline, 1.0, 1.0, 1, 1, 0.0)
 
     return compile, asked
+
+
+def test_what_the_compiler_says_of_too_little_memory():
+    all_of_it = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+    temporaries = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (17.91G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    assert needed_memory(all_of_it, 5) == int(20.5 * 2**30)
+    assert needed_memory(temporaries, 5) == int(17.91 * 2**30) + 5
+    assert needed_memory("INTERNAL: Mosaic failed", 5) == 0
 
 
 def test_mending_takes_the_cheapest_that_fits():

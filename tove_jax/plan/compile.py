@@ -213,7 +213,8 @@ def compiled_here(config: Config, topology: Topology, *, length: int | None = No
     try:
         compiled = lowered.compile()
     except Exception as error:
-        needed = _needed(str(error))
+        given = sum(tree_bytes(tree, sharded=True) for tree in on_mesh(config, run, mesh))
+        needed = needed_memory(str(error), given)
         if not needed:
             raise
         seconds = time.perf_counter() - began
@@ -265,12 +266,20 @@ def without_remat(config: Config) -> Config:
     )
 
 
-def _needed(text: str) -> int:
-    """Returns the bytes that an error of the compiler says are needed; 0 where it is about something else."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", text)
+def needed_memory(text: str, given: int) -> int:
+    """Returns the bytes that an error of TPU's compiler says are needed; 0 where it is about something else.
+
+    Args:
+      text: the error, which tells of all memory, or of temporaries alone.
+      given: bytes of what the step is given, which are added to the latter.
+    """
+    whole = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", text)
+    temporaries = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\) exceeds", text)
+    found = whole or temporaries
     if found is None:
         return 0
-    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
+    told = int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
+    return told if whole else told + given
 
 
 def _main() -> int:
