@@ -22,7 +22,7 @@ def choose(implementation: Implementation, dtype: jnp.dtype, head_width: int) ->
     Args:
       implementation: the setting.
       dtype: of query, key and value.
-      head_width: channels a head; cuDNN wants a multiple of 8, and both at most 128.
+      head_width: channels a head; cuDNN wants a multiple of 8, at most 128; for kernels on TPUs see `tove_jax.models.tpu_attention.suits`.
 
     Returns:
       ``pallas`` is `tove_jax.models.tpu_attention`, the others are asked of `jax.nn.dot_product_attention`.

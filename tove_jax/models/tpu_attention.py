@@ -33,11 +33,11 @@ def block_of(length: int) -> tuple[int, int]:
 def suits(query: jax.Array, key: jax.Array) -> bool:
     """Returns whether the kernels compute attention of these shapes on the mesh in use.
 
-    They need as many keys as queries, and whole rows on each device. Without a mesh, on several devices, the compiler
+    They need as many keys as queries, heads that fill a register evenly, and whole rows on each device. Without a mesh, on several devices, the compiler
     could not split them.
     """
     batch, length, heads, width = query.shape
-    if key.shape[1] != length or width > LANES or heads % key.shape[2]:
+    if key.shape[1] != length or LANES % width or heads % key.shape[2]:
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not _automatic(mesh):
