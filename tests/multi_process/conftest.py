@@ -41,6 +41,7 @@ class Launch:
         environment = {
             **os.environ,
             "XLA_FLAGS": xla_flags(env.pop("DEVICES", 1)),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # every process would compile it again
             "PYTHONPATH": str(ROOT),
             **env,
         }
