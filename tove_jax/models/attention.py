@@ -32,7 +32,7 @@ def choose(implementation: Implementation, dtype: jnp.dtype, head_width: int) ->
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     if not half or head_width % 8 or head_width > 128:
         return "xla"
-    return {"gpu": "cudnn", "tpu": "pallas"}.get(platform(), "xla")  # type: ignore[return-value]
+    return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "pallas"}.get(platform(), "xla")  # type: ignore[return-value]
 
 
 def platform() -> str:
