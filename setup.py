@@ -55,7 +55,8 @@ setup(
         # Object stores: gs:// and s3:// paths, through fsspec.
         "cloud": ["gcsfs>=2026.9", "s3fs>=2026.9"],
         # TPU's compiler alone, for `tove plan` without a TPU; ordinary runs warn with it, so in its own environment.
-        "plan": ["libtpu>=0.0.52"],
+        # Of the version that the jax at hand was released with: others write programs that it cannot read.
+        "plan": ["jax[tpu]>=0.10.2"],
         "torch": TORCH,
         "demo": DEMO,
         "eval": EVAL,

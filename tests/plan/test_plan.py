@@ -1,6 +1,7 @@
 """The whole road on eight processors: a tiny run compiled, its figures, and the searches with a compiler made up."""
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tove_jax.parallel import make_mesh
 from tove_jax.plan import compile as compiling
 from tove_jax.plan.abstract import abstract_run, on_mesh, tree_bytes
 from tove_jax.plan.chips import parse
-from tove_jax.plan.compile import Compiled, Memory, compiled_here, needed_memory
+from tove_jax.plan.compile import Compiled, Memory, compiled_here, library_note, needed_memory
 from tove_jax.plan.report import figures, text, trials_text
 from tove_jax.plan.search import changed, changes, mend, meshes, search, sizes
 
@@ -132,6 +133,22 @@ def test_what_the_compiler_says_of_too_little_memory():
     assert needed_memory(all_of_it, 5) == int(20.5 * 2**30)
     assert needed_memory(temporaries, 5) == int(17.91 * 2**30) + 5
     assert needed_memory("INTERNAL: Mosaic failed", 5) == 0
+
+
+@pytest.mark.parametrize(("found", "said"), [("0.0.42.1", False), ("0.0.4", True), ("0.0.52", True), (None, False)])
+def test_a_compiler_of_another_release_is_named(found, said, monkeypatch):
+    def version(name):
+        if name == "libtpu" and found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return {"libtpu": found, "jax": "0.10.2"}[name]
+
+    asked = ["jaxlib<=0.10.2", 'libtpu==0.0.42.*; extra == "tpu"']
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
+    note = library_note()
+    assert bool(note) == said
+    if said:
+        assert f"libtpu {found} is installed, jax 0.10.2 was released with 0.0.42.*" in note
 
 
 def test_mending_takes_the_cheapest_that_fits():

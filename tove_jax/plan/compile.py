@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -114,12 +115,32 @@ def compile_step(config: Config, topology: Topology, *, length: int | None = Non
     answers = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if not answers:
         tail = "\n".join(done.stderr.strip().splitlines()[-12:])
-        raise InputError(f"the compiler's process ended with status {done.returncode}:\n{tail}")
+        note = library_note() if topology.chip.platform == "tpu" else ""
+        raise InputError(f"the compiler's process ended with status {done.returncode}:\n{tail}{note}")
     answer = json.loads(answers[-1])
     if "error" in answer:
         raise InputError(answer["error"])
     memory = answer.pop("memory")
     return Compiled(memory=None if memory is None else Memory(**memory), **answer)
+
+
+def library_note() -> str:
+    """Returns what to say when TPU's library is not of the version that this jax was released with; nothing if it is."""
+    wanted = [
+        re.fullmatch(r"libtpu==([\d.]+)\*.*", line.replace(" ", ""))
+        for line in importlib.metadata.requires("jax") or ()
+    ]
+    release = next((match[1] for match in wanted if match), None)
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    if release is None or f"{found}.".startswith(release):
+        return ""
+    return (
+        f"\nlibtpu {found} is installed, jax {importlib.metadata.version('jax')} was released with {release}*, and one may "
+        "not understand the other: pip install 'tove_jax[plan]'"
+    )
 
 
 def _spelt(topology: Topology) -> str:
