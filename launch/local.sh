@@ -36,7 +36,12 @@ run_once() {
     while ((${#left[@]})); do
         one=0
         wait -n -p ended "${left[@]}" || one=$?
-        [[ -n ${ended-} ]] || continue # a signal woke the launcher, no process has ended
+        if [[ -z ${ended-} ]]; then
+            ((one == 127)) || continue # a signal woke the launcher, no process has ended
+            for ended in "${left[@]}"; do break; done
+            one=0
+            wait "$ended" || one=$? # bash has taken note of its end already, and remembers how
+        fi
         for number in "${!left[@]}"; do [[ ${left[number]} == "$ended" ]] && unset "left[number]"; done
         if ((one && !status)); then
             status=$one

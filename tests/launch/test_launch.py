@@ -105,6 +105,17 @@ def test_only_what_may_end_otherwise_is_started_again(tmp_path, launcher, status
     assert err.count("starting again") == len(statuses.split()) - len((tmp_path / "statuses").read_text().split()) - 1
 
 
+@pytest.mark.parametrize(("command", "status"), [("true", 0), ("exit 7", 7)])
+def test_processes_whose_end_was_noted_already_are_not_waited_for_for_ever(command, status):
+    """After signals bash may not wait for the next of processes that have ended; it remembers how they did."""
+    noted = """() { if [[ $1 == -n ]]; then sleep 0.3; unset ended; return 127; fi; builtin wait "$@"; }"""
+    done = subprocess.run(
+        [str(LAUNCH / "local.sh"), "--restarts=0", "2", "bash", "-c", command],
+        capture_output=True, text=True, cwd=ROOT, timeout=30, env={**os.environ, "BASH_FUNC_wait%%": noted},
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+
+
 def test_those_that_are_left_are_killed_after_a_while():
     script = '[ "$JAX_PROCESS_ID" = 0 ] && exit 9; sleep 100'
     began = time.monotonic()
