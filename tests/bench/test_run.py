@@ -65,11 +65,10 @@ def test_torch_computes_the_same_steps(step):
         assert trained and all(name.startswith("extra.") or ".moe." in name for name in trained)
 
 
+@pytest.mark.parametrize("step", ["move_kd"], indirect=True)
 def test_sides_that_differ_are_not_timed(step, monkeypatch):
     pytest.importorskip("torch")
     made, ours = step
-    if made.config.method.name != "move_kd":
-        pytest.skip("one method is enough")
     wrong = copy.copy(made)
     wrong.params = jax.tree.map(np.array, made.params)
     wrong.params["student"]["layers"]["mlp"]["adapter"]["up"]["b_bias"] += 1.0
@@ -81,11 +80,10 @@ def test_sides_that_differ_are_not_timed(step, monkeypatch):
     assert not torch_side.agree(ours, off, 1e-1)
 
 
+@pytest.mark.parametrize("step", ["tove"], indirect=True)
 def test_one_side_that_lacks_memory_is_left_out(step, monkeypatch):
     pytest.importorskip("torch")
     made, _ = step
-    if made.config.method.name != "tove":
-        pytest.skip("one method is enough")
     alone = copy.copy(made)
     monkeypatch.setattr(cases, "Step", lambda config: alone)
 

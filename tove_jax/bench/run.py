@@ -210,8 +210,9 @@ def earlier(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-        assert all(isinstance(section, str) and isinstance(name, str) for section, name in found["measured"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        if not all(isinstance(section, str) and isinstance(name, str) for section, name in found["measured"]):
+            raise ValueError("names of sections and cases that are no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--after: {path}: expected the output of tove bench, found {error!r}") from None
     return found
 

@@ -199,7 +199,8 @@ def after_all_compiled(jitted: Any) -> Callable[..., Any]:
 
     Processes that meet in a collective for the first time connect, and one that waits for that longer than the library's
     half minute ends the run; waiting for the coordinator has no such limit. Only for functions that all processes call
-    in the same order, with the same global shapes. For one process it is the function itself.
+    in the same order, with the same global shapes; those of the first argument do not change. For one process it is the
+    function itself.
 
     Args:
       jitted: of `jax.jit`.
@@ -209,7 +210,7 @@ def after_all_compiled(jitted: Any) -> Callable[..., Any]:
     seen = set()
 
     def call(*args: Any) -> Any:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(args))
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(args[1:]))
         if shapes not in seen:
             jitted.lower(*args).compile()  # JAX keeps it for the call
             barrier("compiled")

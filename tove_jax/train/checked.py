@@ -15,11 +15,9 @@ from tove_jax.config import Config, from_json, to_json
 from tove_jax.errors import InputError
 
 FORMAT = "tove_jax-checkpoint-1"
-# Fields that may differ between the run that saved and the run that resumes.
-FREE_FIELDS = (
+# Fields that may differ between the processes of a run: where things lie, and how they are read.
+PLACES = (
     "title",
-    "mesh",
-    "eval",
     "features.path",
     "data.path",
     "data.images",
@@ -27,6 +25,12 @@ FREE_FIELDS = (
     "data.cache",
     "data.threads",
     "data.prefetch",
+)
+# Fields that may differ between the run that saved and the run that resumes.
+FREE_FIELDS = (
+    *PLACES,
+    "mesh",
+    "eval",
     "student.initialize",
     "student.attention",
     "student.remat",

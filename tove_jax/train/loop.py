@@ -42,7 +42,7 @@ from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.start import start_folder
 from tove_jax.parallel import check_replication, run_mesh, shard_batch, together
 from tove_jax.parallel.sharding import batch_share
-from tove_jax.train.checked import settings_of
+from tove_jax.train.checked import PLACES, settings_of
 from tove_jax.train.checkpoint import Checkpoints, open_checkpoints
 from tove_jax.train.handover import handed_language, handed_vocabulary
 from tove_jax.train.initial import initial_parameters, initial_state
@@ -192,20 +192,10 @@ def _provenance(
 
 def _facts(config: Config, source: PictureSource, manifests: Mapping[str, Manifest]) -> dict[str, str]:
     """Returns what all processes of a run must have alike; where things lie may differ from machine to machine."""
-    free = (
-        "title",
-        "data.path",
-        "data.images",
-        "data.annotations",
-        "data.cache",
-        "data.threads",
-        "data.prefetch",
-        "features.path",
-    )
     ids = hashlib.sha256("\0".join(source.ids).encode()).hexdigest()
     return {
         "version": f"tove_jax {tove_jax.__version__}, jax {jax.__version__}",
-        **{f"config.{name}": repr(value) for name, value in settings_of(config).items() if name not in free},
+        **{f"config.{name}": repr(value) for name, value in settings_of(config).items() if name not in PLACES},
         "data": f"{len(source.ids)} pictures, ids {ids[:16]}",
         **{f"features/{name}": manifest.identity() for name, manifest in manifests.items()},
     }
