@@ -225,11 +225,11 @@ def test_all_compile_before_one_begins(monkeypatch):
     monkeypatch.setattr(together, "several", lambda: True)
     monkeypatch.setattr(together, "barrier", lambda name: said.append("met"))
     call = together.after_all_compiled(jitted)
-    call({"x": np.zeros(2)})
+    call({"w": np.zeros(5)}, {"x": np.zeros(2)})
     assert said == ["compiled", "met", "called"]
-    call({"x": np.ones(2)})
+    call({"w": np.ones(5)}, {"x": np.ones(2)})
     assert said[3:] == ["called"]
-    call({"x": np.zeros(3)})
+    call({"w": np.zeros(5)}, {"x": np.zeros(3)})
     assert said[4:] == ["compiled", "met", "called"]
 
 

@@ -155,3 +155,32 @@ def test_a_loop_that_carries_a_collective_does_not_run_it_again():
     found = collectives(read, 2, lambda where, one: float(one.opcode == "fusion"))
     assert [(one.kind, one.bytes, one.times, one.asynchronous) for one in found] == [("all-gather", 32, 1, True)]
     assert found[0].cover_s == 3  # the loop's three rounds
+
+
+CALLED = """HloModule called, is_scheduled=true
+%gathers (s: f32[4], t: token[]) -> f32[8] {
+  %t = token[] parameter(1)
+  %s = f32[4]{0} parameter(0)
+  ROOT %gather = f32[8]{0} all-gather(%s), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[4]) -> f32[8] {
+  %a = f32[4]{0} parameter(0)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %start = ((f32[4]{0}, token[]), f32[8]{0}) call-start(%a, %ready), async_execution_thread="sparsecore", to_apply=%gathers
+  %beside = f32[4]{0} add(%a, %a)
+  %done = f32[8]{0} call-done(%start)
+  ROOT %copy = f32[8]{0} copy(%done)
+}
+"""
+
+
+def test_a_collective_that_another_core_runs_is_one_from_its_call_to_its_end():
+    read = Program(CALLED)
+    found = collectives(read, 2, lambda where, one: float(one.opcode == "add"))
+    assert [(one.kind, one.bytes, one.times, one.asynchronous) for one in found] == [("all-gather", 32, 1, True)]
+    assert found[0].cover_s == 1 and found[0].group == (0, 1)
+    main = read.computations["main"]
+    start, copy = main.by_name["start"], main.by_name["copy"]
+    assert read.seconds(main, start, 1.0, 1.0) == 0 and read.seconds(main, copy, 1.0, 1.0) == 64
+    assert read.bytes(main, start) == 4 * (4 + 8)

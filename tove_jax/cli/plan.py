@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from typing import Any
@@ -29,11 +28,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan; 1 when the run does not fit as configured."""
     # TPU's library would look for chips here.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from tove_jax.config.schema import MeshConfig
     from tove_jax.plan.chips import parse
     from tove_jax.plan.compile import Compiled, compile_step
     from tove_jax.plan.report import figures, text, to_json, trials_json, trials_text
-    from tove_jax.plan.search import mend, search, sizes
+    from tove_jax.plan.search import mend, search, sizes, with_mesh
 
     def told(line: str) -> None:
         print(f"plan: compiling {line}", file=sys.stderr)
@@ -51,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             print(trials_text(trials))
             print("\n" + text(profiled(figures(trials[0].config, topology, trials[0].compiled), trials[0].compiled)))
         return 0 if trials[0].fits else 1
-    config = dataclasses.replace(args.config, mesh=MeshConfig(*sizes(args.config, topology)))
+    config = with_mesh(args.config, sizes(args.config, topology))
     told(f"{config.title or 'run'} for {topology.name}")
     compiled = compile_step(config, topology, length=args.length)
     found = profiled(figures(config, topology, compiled), compiled)

@@ -403,6 +403,7 @@ class MeshConfig:
         1, "Shards of heads and hidden widths. -1: what is left, or as few as let the batch divide over the rest."
     )
     fsdp_limit: int = option(16, "Where data and fsdp are both -1: shards at most, inside a slice or a node.")
+    overlap: bool = option(True, "On several TPUs or GPUs, ask their compiler to send and gather beside other work.")
 
 
 @dataclasses.dataclass(frozen=True)

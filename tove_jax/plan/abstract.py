@@ -240,7 +240,7 @@ def lower(config: Config, run: AbstractRun, mesh: Mesh) -> Any:
     given = on_mesh(config, run, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (given[0], given[2]))
     with jax.set_mesh(mesh):
-        step: Any = jit_step(run.step, shardings[0], shardings[1], mesh)
+        step: Any = jit_step(run.step, shardings[0], shardings[1], mesh, overlap=config.mesh.overlap)
         return step.trace(*given).lower()
 
 

@@ -8,9 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from tove_jax.errors import InputError
-from tove_jax.plan.hlo import Computation, Instruction, Program
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+from tove_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Program
 
 Seconds = Callable[[Computation, Instruction], float]
 
@@ -20,7 +18,7 @@ class Collective:
     """One collective of a program.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `tove_jax.plan.hlo.COLLECTIVES`.
       bytes: of the whole array: gathered, reduced, or before it is scattered.
       group: device numbers, in the order of the mesh, that take part with device 0 (or its first group's).
       times: how often it runs in a step.
@@ -96,7 +94,7 @@ def _between_slices(
         cover = sum(_seconds(program, where, part, seconds) for part in beside)
         kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
         spelt = kind[1].lower().replace("_", "-") if kind else ""
-        spelt = spelt if spelt in KINDS else "collective-permute"
+        spelt = spelt if spelt in COLLECTIVES else "collective-permute"
         size = one.shapes[0].bytes * (len(group) if spelt == "all-gather" else 1)
         found.append(Collective(spelt, size, group, times, last > first + 1, cover, _label(one)))
     return found
@@ -137,12 +135,13 @@ def _of_computation(
 
 def _carried(program: Program, where: Computation, one: Instruction) -> list[tuple[Computation, Instruction]]:
     """Returns the collectives that an instruction is, starts, carries or ends, with the computation they stand in."""
-    if _base(one.opcode) in KINDS:
+    if _base(one.opcode) in COLLECTIVES:
         return [(where, one)]
-    called = one.attribute("calls") if one.opcode in ("fusion", "async-start") else None
-    if called not in program.computations:
+    if one.opcode == "call-done":  # of one that another core of the chip runs
+        one = where.by_name.get(_start_of(where, one), one)
+    inner = program.inner(one)
+    if inner is None:
         return []
-    inner = program.computations[called]
     found = []
     for part in inner.instructions:
         found += _carried(program, inner, part)
@@ -151,12 +150,7 @@ def _carried(program: Program, where: Computation, one: Instruction) -> list[tup
 
 def _begins(where: Computation, inside: Computation, one: Instruction) -> bool:
     """Whether a collective starts here, or runs from start to end, rather than being carried or ended."""
-    if inside is where:
-        return not one.opcode.endswith("-done")
-    if any('"AsyncCollectiveStart"' in part.rest for part in inside.instructions):
-        return True
-    ends = any('"AsyncCollectiveDone"' in part.rest for part in inside.instructions)
-    return not ends and not inside.name.startswith("async_collective_fusion")
+    return not one.opcode.endswith("-done") if inside is where else not inside.carries
 
 
 def _seconds(program: Program, where: Computation, one: Instruction, seconds: Seconds) -> float:

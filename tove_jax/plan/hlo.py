@@ -18,6 +18,7 @@ from tove_jax.errors import InputError
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_TAIL = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%([\w.\-]+)")
 # They move nothing: names for parts of other buffers, or bookkeeping.
@@ -29,6 +30,13 @@ _FREE = {
 _TOLD = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')  # what a kernel says of itself
 _ALLOCATES = 'custom_call_target="AllocateBuffer"'
 _SLICES = ("dynamic-slice", "slice", "gather")
+# How TPUs' compiler writes a collective that runs beside other work: fusions that start it, carry it and end it.
+_STARTS, _ENDS = (f'custom_call_target="AsyncCollective{part}"' for part in ("Start", "Done"))
+_CARRIES = "async_collective_fusion"
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
 
 
 class Shape(NamedTuple):
@@ -109,6 +117,19 @@ class Computation:
                 found.setdefault(operand, []).append(one)
         return found
 
+    @functools.cached_property
+    def carries(self) -> bool:
+        """Whether a collective in a fused computation began elsewhere, and is carried beside other work or ended here."""
+        if any(_STARTS in one.rest for one in self.instructions):
+            return False
+        return self.name.startswith(_CARRIES) or any(_ENDS in one.rest for one in self.instructions)
+
+    def passes(self, one: Instruction) -> bool:
+        """Whether an instruction hands buffers on as they are, rather than reading or filling them."""
+        if one.opcode == "tuple":
+            return one.root
+        return self.carries and (one.opcode in COLLECTIVES or _ENDS in one.rest)
+
 
 class Program:
     """A compiled program.
@@ -132,7 +153,7 @@ class Program:
             if not line[:1].isspace() and line.endswith("{") and (head := _HEAD.match(line)):
                 name, lines = head[2], []
                 self.entry = name if head[1] else self.entry
-            elif line.rstrip() == "}" and name:
+            elif name and _TAIL.match(line):
                 instructions = [_instruction(whole, found) for whole in lines if (found := _LINE.match(whole))]
                 self.computations[name], name = Computation(name, instructions), ""
             elif name and _LINE.match(line):
@@ -221,28 +242,23 @@ class Program:
             return _convolution_flops(where, one)
         if one.opcode == "custom-call" and (told := _TOLD.search(one.rest)):
             return float(told[1])
-        if one.opcode in ("fusion", "async-start"):
-            return self._inner_flops(one.attribute("calls"))
-        return 0.0
-
-    def _inner_flops(self, name: str | None) -> float:
-        if name is None or name not in self.computations:
+        inner = self.inner(one)
+        if inner is None:
             return 0.0
-        if name not in self._flops:
-            inner = self.computations[name]
-            self._flops[name] = sum(self.flops(inner, one) for one in inner.instructions)
-        return self._flops[name]
+        if inner.name not in self._flops:
+            self._flops[inner.name] = sum(self.flops(inner, part) for part in inner.instructions)
+        return self._flops[inner.name]
 
     def bytes(self, where: Computation, one: Instruction) -> float:
         """Returns the bytes that an instruction reads from and writes to main memory.
 
-        Of an array that it only cuts a slice from, or writes a slice into, the slice counts.
+        Of an array that it only cuts a slice from, or writes a slice into, the slice counts; what a fusion hands on as
+        it is does not, so that a collective which others carry counts where it starts.
         """
         if one.opcode in _FREE or one.opcode.endswith("-done") or _ALLOCATES in one.rest:
             return 0.0
         shapes = [where.by_name[operand].shapes for operand in one.operands if operand in where.by_name]
-        if one.opcode == "fusion" and (called := one.attribute("calls")) in self.computations:
-            inner = self.computations[called]
+        if one.opcode == "fusion" and (inner := self.inner(one)):
             read = sum(self._read(inner, number) for number in range(len(one.operands)) if not _near(shapes, number))
             return read + self._written(inner, one.shapes)
         if one.opcode == "dynamic-update-slice":
@@ -253,6 +269,33 @@ class Program:
             return written + (0.0 if _near(shapes, 0) else results[0].bytes)
         return written + sum(shape.bytes for parts in shapes for shape in parts if not shape.near)
 
+    def seconds(self, where: Computation, one: Instruction, flops: float, bandwidth: float) -> float:
+        """Returns an instruction's roofline time: the longer of its operations and its bytes.
+
+        A collective's bytes take no time of their own: they come and go at the pace of the network, which is counted
+        apart.
+
+        Args:
+          where: the computation that it stands in.
+          one: the instruction.
+          flops: operations a second of the chip.
+          bandwidth: bytes a second of its main memory.
+        """
+        compute = self.flops(where, one) / flops
+        return compute if self._collective(one) else max(compute, self.bytes(where, one) / bandwidth)
+
+    def _collective(self, one: Instruction) -> bool:
+        """Whether an instruction is a collective, or starts one, rather than carrying it beside work of its own."""
+        if one.opcode.removesuffix("-start") in COLLECTIVES:
+            return True
+        called = self.inner(one) if one.opcode in ("fusion", "call-start") else None
+        return called is not None and not called.carries and any(map(self._collective, called.instructions))
+
+    def inner(self, one: Instruction) -> Computation | None:
+        """Returns the computation that a fusion is made of, or that is called while others run, if it is known."""
+        attribute = {"fusion": "calls", "async-start": "calls", "call-start": "to_apply"}.get(one.opcode)
+        return self.computations.get(one.attribute(attribute) or "") if attribute else None
+
     def _read(self, inner: Computation, number: int, depth: int = 0) -> float:
         """Returns the bytes that a fused computation reads of a parameter."""
         parameter = inner.parameters.get(number)
@@ -261,18 +304,22 @@ class Program:
         whole, total = parameter.bytes, 0.0
         for user in inner.users[parameter.name]:
             places = [place for place, operand in enumerate(user.operands) if operand == parameter.name]
+            if inner.passes(user):
+                continue
             if user.opcode in _SLICES and places == [0]:
                 total += user.bytes
             elif user.opcode == "dynamic-update-slice" and places == [0]:
                 continue
-            elif user.opcode == "fusion" and depth < 8 and (called := user.attribute("calls")) in self.computations:
-                total += sum(self._read(self.computations[called], place, depth + 1) for place in places)
+            elif user.opcode == "fusion" and depth < 8 and (called := self.inner(user)):
+                total += sum(self._read(called, place, depth + 1) for place in places)
             else:
                 return whole
         return min(whole, total)
 
     def _written(self, inner: Computation, shapes: tuple[Shape, ...]) -> float:
         roots = [inner.root]
+        if _STARTS in inner.root.rest:
+            return sum(inner.by_name[name].bytes for name in inner.root.operands if name in inner.by_name)
         if inner.root.opcode == "tuple":
             roots = [inner.by_name[operand] for operand in inner.root.operands]
         if len(roots) != len(shapes):
@@ -283,6 +330,8 @@ class Program:
                 continue
             while root.opcode == "bitcast":
                 root = inner.by_name[root.operands[0]]
+            if root.opcode == "parameter" or inner.passes(root):
+                continue
             update = inner.by_name.get(root.operands[1]) if root.opcode == "dynamic-update-slice" else None
             total += shape.bytes if update is None else min(shape.bytes, update.bytes)
         return total

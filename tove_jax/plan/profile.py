@@ -40,7 +40,7 @@ class Line:
       name: where it comes from.
       direction: ``forward``, ``backward``, or ``again`` for what the backward pass computes again; of a group all.
       count: how often it runs in a step.
-      seconds: of all runs, the longer of its operations at the chip's peak and its bytes at its memory's bandwidth.
+      seconds: of all runs, by `Program.seconds`.
       flops: operations in products and convolutions.
       bytes: to and from main memory.
       result: type and sizes of its result; empty for a group.
@@ -81,7 +81,7 @@ def profile(program: Program, chip: Chip, largest: int = 20) -> Profile:
     for computation, times in program.runs():
         for one in computation.instructions:
             flops, moved = program.flops(computation, one), program.bytes(computation, one)
-            seconds = times * max(flops / chip.flops, moved / chip.bandwidth)
+            seconds = times * program.seconds(computation, one, chip.flops, chip.bandwidth)
             if not seconds:
                 continue
             source = source_of(program, computation, one)

@@ -1,8 +1,8 @@
 """From what a compiled step does to how long it takes: the roofline of compute, memory and network.
 
 Each instruction takes the longer of its operations at the chip's peak and its bytes at the memory's bandwidth;
-instructions run one after another. A collective takes its bytes at the links' bandwidth, and of that only what does
-not fit beside the instructions between its start and its end. Nothing is said of latency, of the shapes that a
+instructions run one after another. A collective takes its bytes at the links' bandwidth, not at the memory's, and of
+that only what does not fit beside the instructions between its start and its end. Nothing is said of latency, of the shapes that a
 matrix unit fills badly, or of links that two collectives share; so this is a bound from below.
 """
 
@@ -29,7 +29,7 @@ class Traffic:
     """The collectives of one kind over one kind of link.
 
     Attributes:
-      kind: see `tove_jax.plan.collectives.KINDS`.
+      kind: see `tove_jax.plan.hlo.COLLECTIVES`.
       link: ``chip`` or ``network`` (between slices or nodes).
       count: how many run in a step.
       bytes: that one device sends in a step.
@@ -54,7 +54,7 @@ class Roofline:
       bytes: to and from main memory.
       compute_s: operations at the chip's peak.
       memory_s: bytes at the memory's bandwidth.
-      busy_s: sum over instructions of the longer of the two.
+      busy_s: sum over instructions, without collectives, of the longer of the two.
       network_s: all collectives.
       exposed_s: of these, what nothing hides.
       traffic: by kind and link.
@@ -94,7 +94,7 @@ def roofline(program: Program, topology: Topology, places: Sequence[Place], *, s
     flops = bytes_ = busy = 0.0
 
     def seconds(where: Computation, one: Instruction) -> float:
-        return max(program.flops(where, one) / chip.flops, program.bytes(where, one) / chip.bandwidth)
+        return program.seconds(where, one, chip.flops, chip.bandwidth)
 
     for computation, times in program.runs():
         for one in computation.instructions:

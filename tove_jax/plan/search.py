@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tove_jax.config.schema import Config, MeshConfig
+from tove_jax.config.schema import Config
 from tove_jax.errors import InputError
 from tove_jax.parallel.mesh import common_heads, fit_sizes, rows_at_once
 from tove_jax.plan.chips import Topology
@@ -111,12 +111,18 @@ def changed(config: Config, **settings: Any) -> Config:
     train = {name: settings[name] for name in ("batch", "accumulation") if name in settings}
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
     if "mesh" in settings:
-        config = dataclasses.replace(config, mesh=MeshConfig(*settings["mesh"]))
+        config = with_mesh(config, settings["mesh"])
     if "remat" in settings:
         student = dataclasses.replace(config.student, remat=settings["remat"])
         language = dataclasses.replace(config.language, remat=settings["remat"])
         config = dataclasses.replace(config, student=student, language=language)
     return config
+
+
+def with_mesh(config: Config, found: tuple[int, int, int]) -> Config:
+    """Returns the settings with these sizes of data, fsdp and tensor."""
+    data, fsdp, tensor = found
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor))
 
 
 def mend(

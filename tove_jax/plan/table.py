@@ -14,13 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from tove_jax.config import from_file
-from tove_jax.config.schema import MeshConfig
 from tove_jax.errors import InputError
 from tove_jax.files.atomic import atomic_write_bytes
 from tove_jax.plan.chips import GIB, parse
 from tove_jax.plan.compile import compile_step
 from tove_jax.plan.report import figures
-from tove_jax.plan.search import sizes
+from tove_jax.plan.search import sizes, with_mesh
 
 PAGE = Path("docs/scaling.md")
 MARKS = re.compile(r"(<!-- plans (\w+): python -m tove_jax\.plan\.table -->\n)(.*?)(<!-- /plans -->)", re.S)
@@ -104,7 +103,7 @@ def plan(row: Row) -> dict[str, Any]:
         train = dataclasses.replace(config.train, batch=row.batch * topology.chips)
         config = dataclasses.replace(config, train=train)
     mesh = (topology.devices // row.fsdp, row.fsdp, 1) if row.fsdp else sizes(config, topology)
-    config = dataclasses.replace(config, mesh=MeshConfig(*mesh))
+    config = with_mesh(config, mesh)
     return figures(config, topology, compile_step(config, topology, length=row.length))
 
 

@@ -124,7 +124,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
             words.write(workdir)
         _announce(config, state, mesh, latest, online)
         step = training_step(config, manifests, online, None if side is None else side.model, optimizer)
-        step = jit_step(step, shardings, online.shardings(mesh), mesh)
+        step = jit_step(step, shardings, online.shardings(mesh), mesh, overlap=config.mesh.overlap)
         try:
             run = _Run(config, workdir, mesh, batches, source, checkpoints, provenance, progress)
             return run.go(lambda state, batch: step(state, batch, experts), state, latest or 0)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from tove_jax.config.schema import Config
 from tove_jax.parallel import together
+from tove_jax.parallel.overlap import compiler_options
 from tove_jax.parallel.sharding import batch_sharding, replicated
 from tove_jax.train.optimizer import global_norm, make_schedule
 from tove_jax.train.state import TrainState, merge
@@ -109,7 +110,7 @@ def make_step(
 
 
 def jit_step(
-    step: Callable[..., Any], state: TrainState, experts: Any, mesh: Mesh
+    step: Callable[..., Any], state: TrainState, experts: Any, mesh: Mesh, *, overlap: bool
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Jits a step over a mesh; the state is donated, rows are split, metrics are whole on every device.
 
@@ -120,10 +121,12 @@ def jit_step(
       state: shardings of the state.
       experts: shardings of the experts' parameters.
       mesh: the device mesh.
+      overlap: ask the compiler to let the network work beside the chips, see `tove_jax.parallel.overlap`.
     """
     jitted = jax.jit(
         step,
         donate_argnums=0,
+        compiler_options=(compiler_options(mesh) if overlap else None) or None,
         in_shardings=(state, batch_sharding(mesh), experts),
         out_shardings=(state, replicated(mesh)),
     )
