@@ -19,6 +19,8 @@ OPTIONS: dict[str, dict[str, bool]] = {
         "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        # Shards narrower than a tile of memory are gathered as they are, not by a sum of padded ones, of twice the bytes.
+        "xla_tpu_prefer_async_allgather_to_allreduce": True,
         # A product with a gathered weight stays one product. In a ring of parts each part reads and writes the whole
         # result, which costs more than the gathering that it hides.
         "xla_tpu_enable_windowed_einsum_for_all_gather": False,
