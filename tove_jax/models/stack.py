@@ -144,7 +144,7 @@ def run_stack(
             x = jax.lax.stop_gradient(x)
         told.append(reports)
         found.update(dict.fromkeys(asked.outputs.get(stop - 1, ()), x))
-    for report in asked.reports:
+    for report in sorted(asked.reports):  # a set has another order in every process, and so would the program
         found[f"adapter/{report}"] = jnp.concatenate([part[report] for part in told])
     return x, found
 
