@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def _decoder(codec: str, payload: dict[str, np.ndarray]) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(decode(payload))
 
 
-def _jpeg(seed: int) -> bytes:
+def jpeg(seed: int) -> bytes:
+    """Returns a JPEG of 640 x 480 pixels, as large as a photograph's."""
     from PIL import Image
 
     coarse = np.random.default_rng(seed).integers(0, 256, (15, 20, 3), np.uint8)
@@ -109,7 +110,7 @@ def _pictures(scale: Scale, grid: int, width: int, batch: int, folder: str | Non
     from tove_jax.data.decode import decode
     from tove_jax.data.view import View
 
-    view, files = View(size=224), [_jpeg(number) for number in range(batch)]
+    view, files = View(size=224), [jpeg(number) for number in range(batch)]
     decoded = [decode(data, "bench") for data in files]
     sides = {
         "decode": lambda: [decode(data, "bench") for data in files],
@@ -127,7 +128,7 @@ class _Pictures:
     def __init__(self, count: int) -> None:
         self.ids = [f"record {number}" for number in range(count)]
         self.labels = self.captions = [None] * count
-        self.files = [_jpeg(number) for number in range(4)]
+        self.files = [jpeg(number) for number in range(4)]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -219,8 +220,20 @@ def _wait(scale: Scale, grid: int, width: int, batch: int, folder: str | None, c
     return rows(name, times, count * rows_of, "images", told)
 
 
-def write_features(folder: Path, config: Any, ids: list[str]) -> dict[str, Any]:
-    """Writes a store of drawn numbers for every expert of a run; returns them open, by expert."""
+def write_features(
+    folder: Path, config: Any, ids: list[str], hashes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Writes a store of drawn numbers for every expert of a run.
+
+    Args:
+      folder: in which every expert's is written.
+      config: the run's settings.
+      ids: of the pictures.
+      hashes: of the experts' weights, by name, where somebody compares them.
+
+    Returns:
+      The stores, open, by expert.
+    """
     from tove_jax.experts.extract import completed
     from tove_jax.experts.manifest import Moments, describe
     from tove_jax.experts.shards import ShardWriter
@@ -232,7 +245,7 @@ def write_features(folder: Path, config: Any, ids: list[str]) -> dict[str, Any]:
     for name, card in abstract_cards(config).items():
         codec = abstract_manifest(config, card).codec
         options: dict[str, Any] = {"source": "bench", "source_licence": "none", "shard_records": 64}
-        manifest = describe(card, "none", card.view, codec, ids, **options)
+        manifest = describe(card, (hashes or {}).get(name, "none"), card.view, codec, ids, **options)
         path = folder / name
         path.mkdir()
         first = 0

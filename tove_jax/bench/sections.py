@@ -34,6 +34,7 @@ class Scale:
       generation: decoder, rows, tokens of the prompt, tokens written.
       experts: specs of the experts whose extraction is timed, with a batch.
       exports: (size, batch) of exported encoders.
+      starts: (size, batch) of training runs that are started.
       records: of the input section's stores; their grid and width are CLIP ViT-L/14's at 336 pixels unless small.
     """
 
@@ -47,6 +48,7 @@ class Scale:
     generation: tuple[str, int, int, int]
     experts: tuple[tuple[str, int], ...]
     exports: tuple[tuple[str, int], ...]
+    starts: tuple[tuple[str, int], ...]
     records: int
 
 
@@ -62,6 +64,7 @@ SCALES = {
         generation=("0.1B", 1, 256, 17),
         experts=(("efficientnet_lite0", 4), ("hed:112", 4), ("pp_ocr_det:160", 4)),
         exports=(("B/16-224", 1), ("B/16-224", 8)),
+        starts=(("B/16-224", 2), ("L/14-336", 2)),
         records=128,
     ),
     "gpu": Scale(
@@ -76,6 +79,7 @@ SCALES = {
         generation=("7B", 8, 640, 65),
         experts=(("efficientnet_lite0", 256), ("hed", 64), ("pp_ocr_det", 64)),
         exports=(("L/14-336", 1), ("L/14-336", 64)),
+        starts=(("L/14-336", 64), ("B/16-224", 256)),
         records=512,
     ),
 }
@@ -96,6 +100,7 @@ def scale_of(suite: str, small: bool) -> Scale:
         generation=("tiny", 2, 8, 5),
         experts=tuple((f"{spec.partition(':')[0]}:64", 2) for spec, _ in scale.experts),
         exports=(("tiny", 1), ("tiny", 3)),
+        starts=(("tiny", 2),),
         records=16,
     )
 
@@ -110,6 +115,19 @@ class Case(NamedTuple):
 
     name: str
     run: Callable[[Clock], list[Row]]
+
+
+class Unmeasured(Exception):
+    """What keeps a case from being measured and is no fault of ours: told in a line, without a traceback.
+
+    Args:
+      why: the line.
+      details: more of it, such as the end of what a process wrote.
+    """
+
+    def __init__(self, why: str, details: str = "") -> None:
+        super().__init__(why)
+        self.details = details
 
 
 def torch_missing() -> str:

@@ -1,4 +1,4 @@
-"""`tove bench`: how fast training, adapters, decoders, extraction, exports and input are here, beside torch."""
+"""`tove bench`: how fast training, adapters, decoders, extraction, exports, input and starts are here, beside torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-HELP = "time training steps beside torch, adapters, decoders, extraction, exports and input on this machine"
+HELP = "time training steps beside torch, adapters, decoders, extraction, exports, input and starts on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--after", type=Path, metavar="FILE.json", help="Leave out the cases measured there.")
     parser.add_argument("--small", action="store_true", help="Tiny shapes: shows that it works, measures nothing.")
     parser.add_argument(
-        "--folder", help="On the disk that the input section measures; the temporary folder if left out."
+        "--folder",
+        help="Where the sections input, which measures its disk, and start write; the temporary folder if left out.",
     )
 
 

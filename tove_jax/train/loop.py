@@ -42,6 +42,7 @@ from tove_jax.files.weights import hash_arrays
 from tove_jax.hf.start import start_folder
 from tove_jax.parallel import check_replication, run_mesh, shard_batch, together
 from tove_jax.parallel.sharding import batch_share
+from tove_jax.train import started
 from tove_jax.train.checked import PLACES, settings_of
 from tove_jax.train.checkpoint import Checkpoints, open_checkpoints
 from tove_jax.train.handover import handed_language, handed_vocabulary
@@ -71,6 +72,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True, devices: Sequ
       InputError: settings, features or a checkpoint that do not fit.
       NonFiniteError: after saving the state that met it.
     """
+    started.watch()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -294,6 +296,8 @@ class _Run:
                 for at, values in ([previous] if previous else []) + ([(number, metrics)] if saving else []):
                     self._check(state, values)
                     if began is None:  # The first step compiles.
+                        if self.main:
+                            started.tell()
                         began, self.waited, logged = time.perf_counter(), 0.0, at
                     pictures += self._pictures(at) if at > logged else 0
                     bar.update(1)
