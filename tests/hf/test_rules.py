@@ -37,6 +37,19 @@ def test_layout():
     np.testing.assert_array_equal(tree["layers"]["moe"]["a"][11, :, 1], arrays["blocks.11.moe.1.A"].T)
 
 
+def test_matrices_of_more_rows_than_a_strip():
+    rng = np.random.default_rng(0)
+    arrays = {f"blocks.{layer}.fc.weight": rng.normal(size=(130, 70)).astype(np.float32) for layer in range(2)}
+    arrays |= {f"blocks.{layer}.conv": rng.normal(size=(67, 3, 2)).astype(np.float16) for layer in range(2)}
+    table = (TABLE[1], Rule("blocks.{layer}.conv", "conv", (2, 0, 3, 1)))
+    tree = to_tree(arrays, table, {"layers/fc/kernel": (2, 70, 130), "conv": (3, 2, 2, 67)})
+    for layer in range(2):
+        np.testing.assert_array_equal(tree["layers"]["fc"]["kernel"][layer], arrays[f"blocks.{layer}.fc.weight"].T)
+        wanted = arrays[f"blocks.{layer}.conv"].transpose(1, 2, 0)
+        np.testing.assert_array_equal(tree["conv"][:, layer], wanted)
+    assert tree["conv"].dtype == np.float16 and tree["conv"].flags.c_contiguous
+
+
 def test_round_trip_to_the_bit(assert_same):
     arrays = published()
     arrays["stem.weight"][0, 0] = np.nan

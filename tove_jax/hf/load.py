@@ -307,7 +307,7 @@ def _tree(source: Path, student: StudentConfig, arrays: Mapping[str, np.ndarray]
     for path, leaf in leaves.items():
         if leaf.dtype.kind not in "fV":  # ml_dtypes' bfloat16 and float8 are of kind V
             raise InputError(f"{source}: {path} has dtype {leaf.dtype}, expected floating point")
-    return rules.unflatten({path: leaf.astype(np.float32) for path, leaf in leaves.items()})
+    return rules.unflatten({path: leaf.astype(np.float32, copy=False) for path, leaf in leaves.items()})
 
 
 def with_image_size(
