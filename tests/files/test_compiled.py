@@ -1,4 +1,4 @@
-from tove_jax.files.compiled import VARIABLE, keep_compiled
+from tove_jax.files.compiled import LEAST, VARIABLE, keep_compiled
 
 
 def test_the_folder_is_the_users_and_the_processors(tmp_path):
@@ -21,3 +21,10 @@ def test_what_is_set_stays_and_cpuinfo_may_lack(tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     keep_compiled(environment, tmp_path / "none")
     assert environment[VARIABLE].startswith(str(tmp_path))
+
+
+def test_short_programs_are_kept_unless_the_environment_says_otherwise(tmp_path):
+    for environment, wanted in (({}, "0.1"), ({LEAST: "5"}, "5")):
+        environment["XDG_CACHE_HOME"] = str(tmp_path)
+        keep_compiled(environment)
+        assert environment[LEAST] == wanted

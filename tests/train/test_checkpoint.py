@@ -8,9 +8,10 @@ import pytest
 from tests.train.conftest import ROOT, overrides
 from tove_jax.config import from_file
 from tove_jax.errors import InputError
+from tove_jax.train import checkpoint
 from tove_jax.train.checkpoint import load_student
 from tove_jax.train.loop import train
-from tove_jax.train.state import flatten
+from tove_jax.train.state import TrainState, flatten
 
 FROZEN = "--config.optim.groups=(('.*/adapter/.*', 1.0), ('method/.*', 0.5), ('student/.*', None))"
 
@@ -49,6 +50,33 @@ def test_frozen_weights_are_the_starts_to_the_bit(trained):
         np.testing.assert_array_equal(student[path], leaf, err_msg=path)
     assert sum("adapter" in path for path in student) and len(provenance["start"]) == 64
     assert not any("norm" in path.name for path in (trained / "checkpoints" / "2" / "trainable").iterdir())
+
+
+def test_frozen_weights_are_written_beside_the_first_steps_and_are_there_before_one_is_saved(
+    config, tmp_path, monkeypatch
+):
+    done = []
+
+    class Writer:
+        def save(self, path, tree):
+            done.append(f"{path.name} begun")
+
+        def close(self):
+            done.append("frozen there")
+
+    monkeypatch.setattr(checkpoint.ocp, "StandardCheckpointer", Writer)
+    kept = checkpoint.Checkpoints(tmp_path, config, {})
+    monkeypatch.setattr(kept._manager, "save", lambda step, **_: done.append(f"step {step}"))
+    kept.save_frozen({"kernel": np.ones(1)})
+    assert done == ["frozen begun"]
+    kept.save(1, TrainState(np.int32(1), {}, {}, (), np.int32(-1)), {})
+    kept.close()
+    assert done == ["frozen begun", "frozen there", "step 1"]
+    # A run that ends before it saves waits for them too.
+    kept = checkpoint.Checkpoints(tmp_path, config, {})
+    kept.save_frozen({"kernel": np.ones(1)})
+    kept.close()
+    assert done[3:] == ["frozen begun", "frozen there"]
 
 
 def test_a_truncated_checkpoint_is_refused_with_its_path(copied, config):

@@ -63,6 +63,7 @@ class Checkpoints:
         self.path = (workdir / name).absolute()
         self._config = config
         self._provenance = provenance
+        self._frozen: ocp.StandardCheckpointer | None = None
         try:
             self._manager = _manager(self.path, max_to_keep=config.train.keep, cleanup_tmp_directories=True)
         except OSError as error:
@@ -78,6 +79,7 @@ class Checkpoints:
         Raises:
           InputError: the disk is full or the folder cannot be written.
         """
+        self._wait_frozen()  # a checkpoint without them would not be whole
         optimizer = {"opt_state": state.opt_state, "step": state.step, "bad_step": state.bad_step}
         try:
             self._manager.save(
@@ -96,13 +98,25 @@ class Checkpoints:
     def save_frozen(self, frozen: dict[str, Any]) -> None:
         """Stores the frozen weights once a run, so that a checkpoint is whole without its origin.
 
+        The arrays are copied before this returns; what is written beside the first steps is there before one is saved.
         A language model that was read from ``language.initialize`` stays there; its hash is in the provenance.
         """
         path = self.path.parent / "frozen"
         frozen = checked.kept_frozen(self._config, frozen)
         if frozen and not path.exists():
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(path, frozen)
+            self._frozen = ocp.StandardCheckpointer()
+            self._frozen.save(path, frozen)
+            if together.several():  # its barriers would meet others, in another order in each process
+                self._wait_frozen()
+
+    def _wait_frozen(self) -> None:
+        if self._frozen is None:
+            return
+        checkpointer, self._frozen = self._frozen, None
+        try:
+            checkpointer.close()
+        except OSError as error:
+            raise InputError(f"{self.path.parent}: saving the frozen weights failed: {error}") from None
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores onto the shardings of ``like``, whatever mesh or process count saved it.
@@ -141,6 +155,7 @@ class Checkpoints:
         Raises:
           InputError: the save failed.
         """
+        self._wait_frozen()
         try:
             self._manager.wait_until_finished()
         except OSError as error:
