@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import xla_flags
 from tove_jax.bench import cases, run, sections, torch_side
 from tove_jax.bench.timing import Clock, Row, Spread, Turn, alternate, peak_flops, rows
 from tove_jax.cli.main import main
@@ -176,9 +177,10 @@ def test_the_gpu_suite_holds_what_the_goals_name():
 
 
 @pytest.mark.slow
-def test_every_case_of_the_gpu_suite_runs_small():
+def test_every_case_of_the_gpu_suite_runs_small(monkeypatch):
     for module in ("torch", "transformers"):
         pytest.importorskip(module)
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(devices=1))  # of the runs that are started; two pictures are no more
     found = run.bench("gpu", small=True)
     assert not found["left_out"] and not found["wrong"]
     assert {row["section"] for row in found["rows"]} == set(run.SECTIONS)
