@@ -19,7 +19,8 @@ OPTIONS: dict[str, dict[str, bool]] = {
         # result, which costs more than the gathering that it hides.
         "xla_tpu_enable_windowed_einsum_for_all_gather": False,
         "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
-        # Shards narrower than a tile of memory are gathered as they are, not by a sum of padded ones, of twice the bytes.
+        # Shards narrower than a tile of memory are gathered as they are, where gathers can run beside other work (v5e),
+        # not by a sum of padded ones, of twice the bytes.
         "xla_tpu_prefer_async_allgather_to_allreduce": True,
     },
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
