@@ -3,10 +3,12 @@ import pytest
 from tove_jax.errors import InputError
 from tove_jax.plan import table as tables
 from tove_jax.plan.chips import GIB, parse
+from tove_jax.plan.report import READING
 from tove_jax.plan.table import MARKS, TABLES, Row, line, main, read, write
 
 ROW = TABLES["growing"][0]
 FOUND = {
+    "reading": READING,
     "topology": {"name": "v5e:4x4"},
     "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
     "batch": 64,
@@ -37,6 +39,7 @@ def test_rows_have_names_of_their_own_and_topologies():
 
 def test_a_line():
     cells = [cell.strip() for cell in line(ROW, FOUND).strip("|").split("|")]
+    assert cells[0] == ROW.label and line(ROW, {**FOUND, "reading": 1}).startswith(f"| {ROW.label} † |")
     assert cells[1:] == [
         *("v5e:4x4", "1 x 16 x 1", "64", "3.0", "5.00", "7.0", "20%", "100 / 200 / 50", "250", "40%", "42")
     ]

@@ -13,6 +13,8 @@ from tove_jax.plan.chips import GIB, Topology
 from tove_jax.plan.compile import Compiled
 from tove_jax.plan.search import Trial, sizes
 
+READING = 2
+"""Of the way in which compiled programs are read; figures of another number cannot be compared."""
 _KINDS = {
     "trainable": "parameters that train",
     "frozen": "frozen parameters",
@@ -38,6 +40,7 @@ def figures(config: Config, topology: Topology, compiled: Compiled) -> dict[str,
     chip, device = topology.chip, topology.chip.device
     found: dict[str, Any] = {
         "title": config.title,
+        "reading": READING,
         "topology": {
             "name": topology.name,
             "chips": topology.chips,

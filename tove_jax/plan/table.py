@@ -18,7 +18,7 @@ from tove_jax.errors import InputError
 from tove_jax.files.atomic import atomic_write_bytes
 from tove_jax.plan.chips import GIB, parse
 from tove_jax.plan.compile import compile_step
-from tove_jax.plan.report import figures
+from tove_jax.plan.report import READING, figures
 from tove_jax.plan.search import sizes, with_mesh
 
 PAGE = Path("docs/scaling.md")
@@ -108,9 +108,10 @@ def plan(row: Row) -> dict[str, Any]:
 
 
 def line(row: Row, found: Mapping[str, Any]) -> str:
-    """Returns a row of the Markdown table."""
+    """Returns a row of the Markdown table; † marks a plan whose program was read in an earlier way."""
     mesh = " x ".join(str(size) for size in found["mesh"].values())
-    cells = [row.label, found["topology"]["name"], mesh, str(found["batch"])]
+    label = row.label if found.get("reading", 1) == READING else f"{row.label} †"
+    cells = [label, found["topology"]["name"], mesh, str(found["batch"])]
     if "memory" not in found:
         return "| " + " | ".join([*cells, f"**{found['needed'] / GIB:.1f}**", *[""] * 7]) + " |"
     memory, roofline = found["memory"], found["roofline"]
