@@ -41,7 +41,8 @@ def compiler_options(mesh: Mesh, options: Mapping[str, Mapping[str, bool]] = OPT
     wanted = dict(options.get(devices[0].platform, {})) if len(devices) > 1 else {}
     while wanted and (unknown := _unknown(wanted, mesh)):
         del wanted[unknown]
-        print(f"tove: this compiler does not know {unknown}; the step is compiled without it", file=sys.stderr)
+        if not jax.process_index():
+            print(f"tove: this compiler does not know {unknown}; the step is compiled without it", file=sys.stderr)
     return wanted
 
 

@@ -191,10 +191,9 @@ def _kind(program: Program, where: Computation, inside: Computation, one: Instru
 def _slices(program: Program, reader: Instruction, one: Instruction) -> bool:
     if reader.opcode == "dynamic-slice":
         return True
-    called = reader.attribute("calls") if reader.opcode == "fusion" else None
-    if called not in program.computations:
+    inner = program.inner(reader) if reader.opcode == "fusion" else None
+    if inner is None:
         return False
-    inner = program.computations[called]
     number = reader.operands.index(one.name)
     users = inner.users[inner.parameters[number].name]
     while len(users) == 1 and users[0].opcode in ("bitcast", "convert", "copy", "reshape"):

@@ -110,9 +110,7 @@ def read(found: Mapping[str, Any]) -> Profile:
 def source_of(program: Program, computation: Computation, one: Instruction) -> str:
     """Returns the name in the source that the compiler kept; of one without, that of what it is made of or reads."""
     seen = [one]
-    called = one.attribute("calls") if one.opcode == "fusion" else None
-    if called in program.computations:
-        inner = program.computations[called]
+    if one.opcode == "fusion" and (inner := program.inner(one)):
         seen += [inner.root, *reversed(inner.instructions)]
     seen += [computation.by_name[name] for name in one.operands if name in computation.by_name]
     for instruction in seen:
